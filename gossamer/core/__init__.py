@@ -1,0 +1,59 @@
+"""The waist: pattern, budget, select, support, shrink, schedule, allocation, policy, registry. Knows no model, no kernel."""
+
+from .allocation import allocation, by_sensitivity, er, erk, uniform
+from .budget import Above, Budget, Density, Gaussian, Keep, Mass, above, density, gaussian, keep, mass
+from .pattern import Pattern, pattern
+from .policy import OneShot, Policy, Ramp
+from .registry import Method, get_method, method, methods
+from .schedule import Constant, Cosine, Cubic, Exponential, Linear, Schedule, Step
+from .select import select, select_across
+from .shrink import Shrink, hard, soft, straight_through
+from .sparsifier import Score, Solver, Sparsifier, Stats, budget_for
+from .support import Support
+
+__all__ = [
+    "Above",
+    "Budget",
+    "Constant",
+    "Cosine",
+    "Cubic",
+    "Density",
+    "Exponential",
+    "Gaussian",
+    "Keep",
+    "Linear",
+    "Mass",
+    "Method",
+    "OneShot",
+    "Pattern",
+    "Policy",
+    "Ramp",
+    "Schedule",
+    "Score",
+    "Shrink",
+    "Solver",
+    "Sparsifier",
+    "Stats",
+    "Step",
+    "Support",
+    "above",
+    "allocation",
+    "budget_for",
+    "by_sensitivity",
+    "density",
+    "er",
+    "erk",
+    "gaussian",
+    "get_method",
+    "hard",
+    "keep",
+    "mass",
+    "method",
+    "methods",
+    "pattern",
+    "select",
+    "select_across",
+    "soft",
+    "straight_through",
+    "uniform",
+]

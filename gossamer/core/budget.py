@@ -1,0 +1,178 @@
+"""Budgets: how many win in each pool. Each is a frozen record; `choose(s_RC)` returns the winners as bool_RC.
+
+A score of −inf means "not in this competition": it never wins, and does not count towards means or masses.
+Ties go to the lower index, so counts are exact. Shape suffixes: R pools, C competitors.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from statistics import NormalDist
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .errors import BudgetError
+from .schedule import Schedule, at
+
+B = TypeVar("B", bound="Budget")
+
+
+@runtime_checkable
+class Budget(Protocol):
+    """What `select` spends once per pool."""
+
+    def choose(self, s_RC: Tensor) -> Tensor:
+        """Winners of each pool, bool_RC."""
+        ...
+
+
+def resolve(budget: B, step: int = 0) -> B:
+    """Replace schedules in a budget's fields by their value at `step`."""
+    values = {f.name: at(getattr(budget, f.name), step) for f in fields(budget)}  # type: ignore[arg-type]
+    return replace(budget, **values)  # type: ignore[type-var]
+
+
+def count(density: float, size: int) -> int:
+    """Entries that `density` keeps of `size`: round(density·size), halves up, so 0.5 of 3 keeps 2."""
+    return min(size, math.floor(density * size + 0.5))
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Exactly k winners per pool (all of them where the pool is smaller)."""
+
+    k: int | Schedule
+
+    def __post_init__(self) -> None:
+        if not callable(self.k) and (self.k < 0 or self.k != int(self.k)):
+            raise BudgetError(
+                f"keep(k) needs a whole number >= 0, got {self.k}; for a fraction use density(d)"
+            )
+
+    def choose(self, s_RC: Tensor) -> Tensor:
+        return top(s_RC, int(at(self.k, 0)))
+
+
+@dataclass(frozen=True)
+class Density:
+    """The fraction d of each pool, rounded to the nearest whole number of winners (halves up)."""
+
+    d: float | Schedule
+
+    def __post_init__(self) -> None:
+        if not callable(self.d) and not 0.0 <= self.d <= 1.0:
+            raise BudgetError(
+                f"density is the fraction KEPT, from 0 to 1, got {self.d}; for 80 % zeros write 0.2"
+            )
+
+    def choose(self, s_RC: Tensor) -> Tensor:
+        return top(s_RC, count(at(self.d, 0), s_RC.shape[1]))
+
+
+@dataclass(frozen=True)
+class Above:
+    """Every score strictly above tau."""
+
+    tau: float | Schedule
+
+    def choose(self, s_RC: Tensor) -> Tensor:
+        return (s_RC > at(self.tau, 0)) & (s_RC != -math.inf)
+
+
+@dataclass(frozen=True)
+class Mass:
+    """The smallest set that holds at least the fraction p of its pool's total (nucleus top-p). Scores are >= 0."""
+
+    p: float | Schedule
+
+    def __post_init__(self) -> None:
+        if not callable(self.p) and not 0.0 < self.p <= 1.0:
+            raise BudgetError(f"mass(p) needs 0 < p <= 1, got {self.p}")
+
+    def choose(self, s_RC: Tensor) -> Tensor:
+        live_RC = s_RC != -math.inf
+        s_RC = torch.where(
+            live_RC, s_RC, 0
+        ).double()  # float32 sums of many small parts stall short of the total
+        if not torch.compiler.is_compiling() and bool((s_RC < 0).any()):
+            raise BudgetError(
+                "mass(p) adds scores up, so they must not be negative; pass probabilities or magnitudes"
+            )
+        sorted_RC, order_RC = s_RC.sort(dim=1, descending=True, stable=True)
+        before_RC = sorted_RC.cumsum(1) - sorted_RC
+        inside_RC = (before_RC < at(self.p, 0) * s_RC.sum(1, keepdim=True)) & (sorted_RC > 0)
+        return torch.zeros_like(live_RC).scatter(1, order_RC, inside_RC) & live_RC
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """score > mean + Φ⁻¹(1 − d)·std: hits density d without sorting if the pool is normal. arXiv:2506.06644."""
+
+    d: float | Schedule
+
+    def __post_init__(self) -> None:
+        if not callable(self.d) and not 0.0 < self.d < 1.0:
+            raise BudgetError(f"gaussian(d) needs 0 < d < 1, got {self.d}; use density(d) at the ends")
+
+    def choose(self, s_RC: Tensor) -> Tensor:
+        live_RC = s_RC != -math.inf
+        n_R1 = live_RC.sum(1, keepdim=True).clamp(min=1)
+        mean_R1 = torch.where(live_RC, s_RC, 0).sum(1, keepdim=True) / n_R1
+        var_R1 = torch.where(live_RC, (s_RC - mean_R1) ** 2, 0).sum(1, keepdim=True) / n_R1
+        return (s_RC > mean_R1 + NormalDist().inv_cdf(1.0 - at(self.d, 0)) * var_R1.sqrt()) & live_RC
+
+
+def top(s_RC: Tensor, k: int) -> Tensor:
+    """The k highest of each row, exactly, ties to the lower index. Linear time: no sort."""
+    pools, size = s_RC.shape
+    if k >= size:
+        return s_RC != -math.inf
+    if k <= 0 or pools == 0:
+        return torch.zeros_like(s_RC, dtype=torch.bool)
+    if size <= 8 and pools > 1:
+        return _top_of_few(s_RC, k)
+    kth_R1 = s_RC.kthvalue(size - k + 1, dim=1, keepdim=True).values
+    above_RC = s_RC > kth_R1
+    tied_RC = (s_RC == kth_R1) & (kth_R1 != -math.inf)
+    room_R1 = k - above_RC.sum(1, keepdim=True)
+    return above_RC | (tied_RC & (tied_RC.cumsum(1, dtype=torch.int32) <= room_R1))
+
+
+def _top_of_few(s_RC: Tensor, k: int) -> Tensor:
+    """Rank by counting who beats whom: for pools of a few entries this is faster than any partial sort."""
+    s_CR = s_RC.t().contiguous()
+    beaten_CR = torch.zeros(s_CR.shape, dtype=torch.int8, device=s_RC.device)
+    for i in range(len(s_CR)):
+        for j in range(i + 1, len(s_CR)):
+            later_wins_R = s_CR[j] > s_CR[i]
+            beaten_CR[i] += later_wins_R
+            beaten_CR[j] += ~later_wins_R
+    return ((beaten_CR < k) & (s_CR != -math.inf)).t()
+
+
+def keep(k: int | Schedule) -> Keep:
+    """Exactly k winners per pool."""
+    return Keep(k)
+
+
+def density(d: float | Schedule) -> Density:
+    """The fraction d of each pool."""
+    return Density(d)
+
+
+def above(tau: float | Schedule) -> Above:
+    """Every score strictly above tau."""
+    return Above(tau)
+
+
+def mass(p: float | Schedule) -> Mass:
+    """The smallest set that holds the fraction p of its pool's total."""
+    return Mass(p)
+
+
+def gaussian(d: float | Schedule) -> Gaussian:
+    """About the fraction d, by mean and standard deviation alone."""
+    return Gaussian(d)

@@ -1,0 +1,100 @@
+"""Sparsifier: score, pattern, budget and shrink rule in one frozen record. A method is a function that returns one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from .budget import Budget, Density, Keep, count
+from .errors import BudgetError, NonFiniteError
+from .pattern import Pattern
+from .policy import OneShot, Policy
+from .schedule import Schedule
+from .select import select
+from .shrink import Shrink, hard
+from .support import Support
+
+Stats = Mapping[str, Tensor]
+Score = Callable[[Tensor, Stats], Tensor]
+Solver = Callable[[Tensor, Stats, Pattern, Budget], tuple[Tensor, Support]]
+
+
+@dataclass(frozen=True)
+class Sparsifier:
+    """How one weight becomes sparse.
+
+    Args:
+        score: (weight, stats) → worth of each entry, higher = kept.
+        pattern: who competes with whom.
+        budget: how many win in each pool.
+        shrink: what becomes of the values.
+        policy: when the support is chosen.
+        needs: statistics of the layer's input to collect first: "input_norm", "gram".
+        scope: "layer" = each weight by itself; "model" = all weights are one pool.
+        solve: an alternating solver that replaces score, select and shrink (SparseGPT), or None.
+        name: the method's name, for reports.
+    """
+
+    score: Score
+    pattern: Pattern
+    budget: Budget
+    shrink: Shrink = hard
+    policy: Policy = OneShot()
+    needs: tuple[str, ...] = ()
+    scope: str = "layer"
+    solve: Solver | None = None
+    name: str = ""
+
+    def apply(
+        self, w: Tensor, stats: Stats, *, within: Support | None = None, step: int = 0
+    ) -> tuple[Tensor, Support]:
+        """One weight → its new values and its support.
+
+        Raises:
+            NonFiniteError: the weight holds NaN or infinity; repair or reload it.
+        """
+        require_finite(w, "the weight")
+        if self.solve is not None:
+            return self.solve(w, stats, self.pattern, self.budget)
+        support = select(self.score(w, stats), self.pattern, self.budget, within=within, step=step)
+        return self.shrink(w, support), support
+
+    def at_density(self, density: float) -> Sparsifier:
+        """The same sparsifier with another density (used when an allocation sets it per layer).
+
+        Raises:
+            BudgetError: the pattern fixes its own density, as 2:4 does.
+        """
+        return replace(self, budget=budget_for(self.pattern, density))
+
+
+def require_finite(w: Tensor, what: str) -> None:
+    """Raise NonFiniteError, naming `what` and how many entries are bad, unless all of `w` is finite."""
+    bad = w.numel() - int(w.isfinite().sum())
+    if bad:
+        raise NonFiniteError(
+            f"{what} has {bad} NaN or infinite entries of {w.numel()} (shape {tuple(w.shape)}); repair or reload it"
+        )
+
+
+def budget_for(pattern: Pattern, density: float | Schedule | None) -> Budget:
+    """`Keep(N)` where the pattern's name fixes N, else `Density(density)`.
+
+    Raises:
+        BudgetError: no density given and the pattern fixes none, or both are given and disagree.
+    """
+    if pattern.kept is None:
+        if density is None:
+            raise BudgetError(
+                f"pattern {str(pattern)!r} does not fix a density; pass density= (the fraction kept)"
+            )
+        return Density(density)
+    size = pattern.pool_size
+    if isinstance(density, (int, float)) and size is not None and count(density, size) != pattern.kept:
+        raise BudgetError(
+            f"pattern {pattern.expr!r} keeps {pattern.kept} of {size} = density {pattern.kept / size:g}, "
+            f"but density {density:g} was asked for; leave one of the two out"
+        )
+    return Keep(pattern.kept)
