@@ -1,4 +1,4 @@
-"""The waist: pattern, budget, select, support, shrink, schedule, allocation, policy, registry. Knows no model, no kernel."""
+"""The waist: pattern, budget, select, support, shrink and their siblings. Knows no model and no kernel."""
 
 from .allocation import allocation, by_sensitivity, er, erk, uniform
 from .budget import Above, Budget, Density, Gaussian, Keep, Mass, above, density, gaussian, keep, mass

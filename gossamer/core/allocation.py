@@ -53,9 +53,7 @@ def by_sensitivity(curves: Curves, sizes: Mapping[str, int], density: float) -> 
     left = density * sum(sizes.values()) - sum(chosen[n] * sizes[n] for n in chosen)
     most = sum((h[-1][0] - h[0][0]) * sizes[n] for n, h in hulls.items())
     if not -1e-6 <= left <= most + 1e-6:
-        raise BudgetError(
-            f"density {density} lies outside the measured curves; measure errors below and above it"
-        )
+        raise BudgetError(f"density {density} lies outside the measured curves; measure errors below and above it")
     pieces = [
         ((e0 - e1) / ((d1 - d0) * sizes[n]), n, d1 - d0)
         for n, hull in hulls.items()
@@ -101,9 +99,7 @@ def _scaled(shapes: Shapes, density: float, weight: Mapping[str, float]) -> dict
 def _exact(shapes: Shapes, densities: Mapping[str, float], density: float) -> dict[str, float]:
     """Round to whole counts by largest remainder, so that the model's count is exact."""
     if not 0.0 <= density <= 1.0:
-        raise BudgetError(
-            f"density is the fraction KEPT, from 0 to 1, got {density}; for 80 % zeros write 0.2"
-        )
+        raise BudgetError(f"density is the fraction KEPT, from 0 to 1, got {density}; for 80 % zeros write 0.2")
     sizes = {n: math.prod(s) for n, s in shapes.items()}
     ideal = {n: densities[n] * sizes[n] for n in shapes}
     counts = {n: min(sizes[n], math.floor(v + 1e-9)) for n, v in ideal.items()}

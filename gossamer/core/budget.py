@@ -48,9 +48,7 @@ class Keep:
 
     def __post_init__(self) -> None:
         if not callable(self.k) and (self.k < 0 or self.k != int(self.k)):
-            raise BudgetError(
-                f"keep(k) needs a whole number >= 0, got {self.k}; for a fraction use density(d)"
-            )
+            raise BudgetError(f"keep(k) needs a whole number >= 0, got {self.k}; for a fraction use density(d)")
 
     def choose(self, s_RC: Tensor) -> Tensor:
         return top(s_RC, int(at(self.k, 0)))
@@ -64,9 +62,7 @@ class Density:
 
     def __post_init__(self) -> None:
         if not callable(self.d) and not 0.0 <= self.d <= 1.0:
-            raise BudgetError(
-                f"density is the fraction KEPT, from 0 to 1, got {self.d}; for 80 % zeros write 0.2"
-            )
+            raise BudgetError(f"density is the fraction KEPT, from 0 to 1, got {self.d}; for 80 % zeros write 0.2")
 
     def choose(self, s_RC: Tensor) -> Tensor:
         return top(s_RC, count(at(self.d, 0), s_RC.shape[1]))
@@ -94,13 +90,9 @@ class Mass:
 
     def choose(self, s_RC: Tensor) -> Tensor:
         live_RC = s_RC != -math.inf
-        s_RC = torch.where(
-            live_RC, s_RC, 0
-        ).double()  # float32 sums of many small parts stall short of the total
+        s_RC = torch.where(live_RC, s_RC, 0).double()  # float32 sums of many small parts stall short of the total
         if not torch.compiler.is_compiling() and bool((s_RC < 0).any()):
-            raise BudgetError(
-                "mass(p) adds scores up, so they must not be negative; pass probabilities or magnitudes"
-            )
+            raise BudgetError("mass(p) adds scores up, so they must not be negative; pass probabilities or magnitudes")
         sorted_RC, order_RC = s_RC.sort(dim=1, descending=True, stable=True)
         before_RC = sorted_RC.cumsum(1) - sorted_RC
         inside_RC = (before_RC < at(self.p, 0) * s_RC.sum(1, keepdim=True)) & (sorted_RC > 0)

@@ -73,22 +73,16 @@ def _parse(expr: str) -> tuple[tuple[Axis, ...], ...]:
                 inside = []
         elif token in _CLOSE.values():
             if not opened or _CLOSE[opened[-1]] != token:
-                raise PatternError(
-                    f"pattern {expr!r}: {token!r} closes nothing; check the order of the brackets"
-                )
+                raise PatternError(f"pattern {expr!r}: {token!r} closes nothing; check the order of the brackets")
             opened.pop()
             if token == ")":
                 if not inside:
-                    raise PatternError(
-                        f"pattern {expr!r}: an empty ( ) names no axis; write its factors inside"
-                    )
+                    raise PatternError(f"pattern {expr!r}: an empty ( ) names no axis; write its factors inside")
                 dims.append(inside)
                 inside = None
         else:
             if token in names and not token.isdigit():
-                raise PatternError(
-                    f"pattern {expr!r}: axis {token!r} appears twice; give every axis its own name"
-                )
+                raise PatternError(f"pattern {expr!r}: axis {token!r} appears twice; give every axis its own name")
             if token == "..." and inside is not None:
                 raise PatternError(f"pattern {expr!r}: '...' stands for whole axes; move it out of the ( )")
             names.add(token)
@@ -101,17 +95,13 @@ def _parse(expr: str) -> tuple[tuple[Axis, ...], ...]:
     if opened:
         raise PatternError(f"pattern {expr!r}: {opened[-1]!r} is never closed; add {_CLOSE[opened[-1]]!r}")
     if not dims:
-        raise PatternError(
-            "a pattern needs at least one axis; for a matrix try '[o i]' or the name 'unstructured'"
-        )
+        raise PatternError("a pattern needs at least one axis; for a matrix try '[o i]' or the name 'unstructured'")
     return tuple(tuple(d) for d in dims)
 
 
 def _check_open(expr: str, token: str, opened: list[str]) -> None:
     if token == "(" and "(" in opened:
-        raise PatternError(
-            f"pattern {expr!r}: ( ) inside ( ); split an axis once, with all its factors side by side"
-        )
+        raise PatternError(f"pattern {expr!r}: ( ) inside ( ); split an axis once, with all its factors side by side")
     if token in _ROLE and any(o in _ROLE for o in opened):
         raise PatternError(
             f"pattern {expr!r}: {token!r} inside {opened[-1]!r}; an axis has one role, so close it first"
@@ -173,9 +163,7 @@ class Pattern:
         free = [a.name for a, s in zip(axes, sizes) if s is None]
         block = math.prod(s for s in sizes if s is not None)
         if len(free) > 1:
-            raise PatternError(
-                f"pattern {self.expr!r}: give a size for all but one of {free}, such as {free[-1]}=4"
-            )
+            raise PatternError(f"pattern {self.expr!r}: give a size for all but one of {free}, such as {free[-1]}=4")
         if length % block or (not free and length != block):
             raise PatternError(
                 f"pattern {self.expr!r}: axis {dim} has length {length}, not a multiple of {block}; "
@@ -216,9 +204,7 @@ def _order(placed: Sequence[Placed]) -> list[int]:
     return [i for role in _ORDER for i, p in enumerate(placed) if p.role == role]
 
 
-def _spread(
-    expr: str, dims: tuple[tuple[Axis, ...], ...], rank: int, shape: tuple[int, ...]
-) -> list[tuple[Axis, ...]]:
+def _spread(expr: str, dims: tuple[tuple[Axis, ...], ...], rank: int, shape: tuple[int, ...]) -> list[tuple[Axis, ...]]:
     """Replace the ellipsis by as many axes as the tensor has left."""
     at = next((i for i, d in enumerate(dims) if d[0].name == "..."), None)
     extra = rank - (len(dims) - (at is not None))
@@ -276,9 +262,7 @@ def pattern(spec: str | Pattern) -> Pattern:
         return Pattern(f"([o] {{{a}}}) ([i] {{{b}}}) ...")
     if re.fullmatch(r"[\w:-]+", text):  # a lone word is a mistyped name, not a one-axis pattern
         known = [*ALIASES, "2:4", "1:4", "4:8", "64:2:8", "2-row", "4-row", "4x4", "4x8"]
-        raise PatternError(
-            f"no pattern is called {spec!r}; {near(text, known)}. Or write one, such as 'o [i]'"
-        )
+        raise PatternError(f"no pattern is called {spec!r}; {near(text, known)}. Or write one, such as 'o [i]'")
     return Pattern(text)
 
 

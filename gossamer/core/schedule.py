@@ -38,9 +38,7 @@ class _Span:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise BudgetError(
-                f"a schedule needs steps >= 1, got {self.steps}; use Constant for a fixed value"
-            )
+            raise BudgetError(f"a schedule needs steps >= 1, got {self.steps}; use Constant for a fixed value")
 
     def __call__(self, step: int) -> float:
         t = min(max((step - self.begin) / self.steps, 0.0), 1.0)

@@ -71,7 +71,5 @@ def _ranked(scores: Tensor, pattern: Pattern, within: Support | None) -> Tensor:
     # A data-dependent raise would break the graph; compiled callers check their inputs before.
     if not torch.compiler.is_compiling() and bool(u_RC.isnan().any()):
         bad = int(scores.isnan().sum())
-        raise NonFiniteError(
-            f"{bad} of {scores.numel()} scores are NaN (shape {tuple(scores.shape)}); NaN has no rank"
-        )
+        raise NonFiniteError(f"{bad} of {scores.numel()} scores are NaN (shape {tuple(scores.shape)}); NaN has no rank")
     return u_RC

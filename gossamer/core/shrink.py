@@ -40,12 +40,12 @@ def soft(tau: float) -> Soft:
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w: Tensor, kept: Tensor) -> Tensor:  # noqa: ANN001 - torch's signature
+    def forward(ctx, w: Tensor, kept: Tensor) -> Tensor:
         return torch.where(kept, w, torch.zeros((), dtype=w.dtype, device=w.device))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001 - torch's signature
-        return grad, None
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0], None
 
 
 def straight_through(w: Tensor, support: Support) -> Tensor:

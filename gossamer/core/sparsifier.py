@@ -18,6 +18,7 @@ from .support import Support
 
 Stats = Mapping[str, Tensor]
 Score = Callable[[Tensor, Stats], Tensor]
+ONE_SHOT = OneShot()
 Solver = Callable[[Tensor, Stats, Pattern, Budget], tuple[Tensor, Support]]
 
 
@@ -41,15 +42,13 @@ class Sparsifier:
     pattern: Pattern
     budget: Budget
     shrink: Shrink = hard
-    policy: Policy = OneShot()
+    policy: Policy = ONE_SHOT
     needs: tuple[str, ...] = ()
     scope: str = "layer"
     solve: Solver | None = None
     name: str = ""
 
-    def apply(
-        self, w: Tensor, stats: Stats, *, within: Support | None = None, step: int = 0
-    ) -> tuple[Tensor, Support]:
+    def apply(self, w: Tensor, stats: Stats, *, within: Support | None = None, step: int = 0) -> tuple[Tensor, Support]:
         """One weight → its new values and its support.
 
         Raises:
@@ -87,9 +86,7 @@ def budget_for(pattern: Pattern, density: float | Schedule | None) -> Budget:
     """
     if pattern.kept is None:
         if density is None:
-            raise BudgetError(
-                f"pattern {str(pattern)!r} does not fix a density; pass density= (the fraction kept)"
-            )
+            raise BudgetError(f"pattern {str(pattern)!r} does not fix a density; pass density= (the fraction kept)")
         return Density(density)
     size = pattern.pool_size
     if isinstance(density, (int, float)) and size is not None and count(density, size) != pattern.kept:

@@ -28,9 +28,7 @@ class Support:
 
     def __post_init__(self) -> None:
         if self.kept.dtype != torch.bool:
-            raise PatternError(
-                f"a support is a bool tensor, got {self.kept.dtype}; write Support(weight != 0)"
-            )
+            raise PatternError(f"a support is a bool tensor, got {self.kept.dtype}; write Support(weight != 0)")
 
     def mask(self, dtype: torch.dtype = torch.bool) -> Tensor:
         """The support as a tensor of 0 and 1 (or False and True)."""
@@ -79,9 +77,7 @@ class Support:
         return Support(~self.kept)
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Support) and self.shape == other.shape and bool((self.kept == other.kept).all())
-        )
+        return isinstance(other, Support) and self.shape == other.shape and bool((self.kept == other.kept).all())
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -1,0 +1,97 @@
+"""The journal: finished layers on disk. A killed run goes on where it stopped; weights need not fit in memory."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..core.errors import FileDamaged, TargetError
+from ..core.files import whole_file
+
+_RECORD = "journal.json"
+
+
+class Journal:
+    """A folder with one safetensors file per finished layer and a record of the run it belongs to.
+
+    Args:
+        folder: where to keep it; made if missing.
+        run: what makes two runs the same (method, options, layers and their shapes); JSON values only.
+
+    Raises:
+        TargetError: the folder holds another run; delete it or choose another.
+    """
+
+    def __init__(self, folder: str | Path, run: Mapping[str, object]) -> None:
+        self.folder = Path(folder)
+        run = json.loads(json.dumps(run))
+        record = self.folder / _RECORD
+        if record.exists():
+            self._refuse_other(run, json.loads(record.read_text()))
+        else:
+            with whole_file(record) as draft:
+                draft.write_text(json.dumps(run, indent=1))
+
+    def _refuse_other(self, run: Mapping[str, object], held: Mapping[str, object]) -> None:
+        for key in sorted({*run, *held}):
+            if run.get(key) != held.get(key):
+                raise TargetError(
+                    f"{self.folder} holds a run with {key} = {held.get(key)!r}, but this one has {run.get(key)!r}; "
+                    "delete the folder to start anew, or choose another"
+                )
+
+    def _file(self, name: str, kind: str) -> Path:
+        return self.folder / f"{name}.{kind}.safetensors"
+
+    def finished(self, name: str) -> bool:
+        """True if this layer's pruned weight is on disk."""
+        return self._file(name, "pruned").exists()
+
+    def write(self, name: str, w: Tensor, *, kind: str = "pruned") -> None:
+        """Put a weight on disk, all or nothing."""
+        with whole_file(self._file(name, kind)) as draft:
+            save_file({"weight": w.detach().contiguous().cpu()}, draft)
+
+    def read(self, name: str) -> Tensor:
+        """A finished layer's weight.
+
+        Raises:
+            FileDamaged: the file cannot be read; delete it and the layer is pruned again.
+        """
+        file = self._file(name, "pruned")
+        try:
+            with safe_open(file, framework="pt") as held:
+                return held.get_tensor("weight")
+        except (SafetensorError, OSError, KeyError) as error:
+            raise FileDamaged(f"{file} cannot be read ({error}); delete it and this layer is pruned again") from error
+
+    def mapped(self, name: str, *, kind: str = "pruned") -> Tensor:
+        """The weight as a view of its file: pages come in when read and need no memory of their own."""
+        return map_tensor(self._file(name, kind), "weight")
+
+    def forget(self, name: str, *, kind: str) -> None:
+        """Delete a file that is no longer needed."""
+        self._file(name, kind).unlink(missing_ok=True)
+
+
+_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+def map_tensor(file: Path, key: str) -> Tensor:
+    """One tensor of a safetensors file, memory-mapped copy-on-write (writes never reach the file)."""
+    with open(file, "rb") as handle:
+        (header,) = struct.unpack("<Q", handle.read(8))
+        entry = json.loads(handle.read(header))[key]
+    begin, end = entry["data_offsets"]
+    if end == begin:
+        return torch.empty(entry["shape"], dtype=_TORCH[entry["dtype"]])
+    raw = np.memmap(file, dtype=np.uint8, mode="c", offset=8 + header + begin, shape=(end - begin,))
+    return torch.from_numpy(raw).view(_TORCH[entry["dtype"]]).view(entry["shape"])

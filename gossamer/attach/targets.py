@@ -1,0 +1,122 @@
+"""Targets: which weights of a model are made sparse, found by name."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import TargetError, near
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One prunable layer, held by name: parameters are looked up at each use, for others may swap them.
+
+    Args:
+        name: the module's dotted name.
+        transposed: the weight is stored [inputs, outputs] (GPT-2's Conv1D).
+    """
+
+    name: str
+    transposed: bool = False
+
+    def module(self, model: nn.Module) -> nn.Module:
+        """The layer itself."""
+        return model.get_submodule(self.name)
+
+    def weight(self, model: nn.Module) -> Tensor:
+        """The weight with outputs first, as a view: [outputs, inputs, ...]."""
+        w = self.module(model).weight
+        if not isinstance(w, Tensor):
+            raise TargetError(f"layer {self.name!r} holds no weight tensor, got {type(w).__name__}; skip it")
+        return w.t() if self.transposed else w
+
+    def write(self, model: nn.Module, w: Tensor) -> None:
+        """Copy new values into the layer, keeping the parameter, its dtype and its memory layout."""
+        with torch.no_grad():
+            self.weight(model).copy_(w)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Targets, and the layers left out with the reason for each."""
+
+    targets: tuple[Target, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+
+def find(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Found:
+    """The linear and convolution layers to prune.
+
+    By default: all of them, but not the output head (a layer tied to an embedding, or what
+    `get_output_embeddings` returns), which is small in work and dear in quality.
+
+    Args:
+        include: glob patterns over module names, or "re:" + a regular expression; empty = the default.
+        exclude: the same, taken away again.
+
+    Raises:
+        TargetError: a pattern matches no prunable layer (near names listed), or nothing is left.
+    """
+    layers = dict(_prunable(model))
+    if not layers:
+        raise TargetError(f"{type(model).__name__} has no linear or convolution layer; nothing here can be pruned")
+    for spec in (*include, *exclude):
+        if not any(_match(spec, name) for name in layers):
+            raise TargetError(f"target {spec!r} matches none of {len(layers)} prunable layers; {near(spec, layers)}")
+    head = _heads(model)
+    kept, skipped, seen = [], [], {}
+    for name, module in layers.items():
+        reason = _refusal(name, module, include, exclude, head, seen)
+        if reason:
+            skipped.append((name, reason))
+        else:
+            seen[id(module.weight)] = name
+            kept.append(Target(name, transposed=_is_conv1d(module)))
+    if not kept:
+        raise TargetError(f"every layer is left out: {'; '.join(f'{n}: {r}' for n, r in skipped[:5])}")
+    return Found(tuple(kept), tuple(skipped))
+
+
+def _refusal(
+    name: str, module: nn.Module, include: Sequence[str], exclude: Sequence[str], head: set[int], seen: dict[int, str]
+) -> str | None:
+    if any(_match(spec, name) for spec in exclude):
+        return "excluded by name"
+    if include and not any(_match(spec, name) for spec in include):
+        return "not among the named targets"
+    if not include and id(module.weight) in head:
+        return "output head or tied to an embedding; name it to include it"
+    if id(module.weight) in seen:
+        return f"tied with {seen[id(module.weight)]}, which is pruned once for both"
+    return None
+
+
+def _prunable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, *_CONVS)) or _is_conv1d(module):
+            yield name, module
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, a linear layer with its weight stored [inputs, outputs]; known without importing it."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _heads(model: nn.Module) -> set[int]:
+    tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return tied | ({id(output.weight)} if output is not None else set())
+
+
+def _match(spec: str, name: str) -> bool:
+    if spec.startswith("re:"):
+        return re.search(spec[3:], name) is not None
+    return fnmatch.fnmatchcase(name, spec)

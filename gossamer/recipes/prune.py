@@ -1,0 +1,277 @@
+"""prune: make a model sparse in place, in one pass, with or without calibration data."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..attach.calibrate import Arrival, Batch, Collector, stream
+from ..attach.journal import Journal
+from ..attach.targets import Found, Target, find
+from ..core.allocation import allocation as allocation_rule
+from ..core.errors import CalibrationError, PatternError, TargetError
+from ..core.registry import get_method
+from ..core.select import select_across
+from ..core.sparsifier import Sparsifier, require_finite
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What became of one layer.
+
+    Args:
+        shape: of the weight, outputs first.
+        kept: non-zero entries now.
+        seconds: time spent on this layer's own statistics and pruning.
+        resumed: taken from an earlier run's journal.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kept: int
+    seconds: float
+    resumed: bool = False
+
+    @property
+    def density(self) -> float:
+        """Fraction kept."""
+        return self.kept / max(math.prod(self.shape), 1)
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What `prune` did: a line per layer, and every layer left out with the reason."""
+
+    method: str
+    pattern: str
+    layers: tuple[LayerResult, ...]
+    skipped: tuple[tuple[str, str], ...]
+    seconds: float
+
+    @property
+    def density(self) -> float:
+        """Fraction kept over the pruned layers together."""
+        return sum(r.kept for r in self.layers) / max(sum(math.prod(r.shape) for r in self.layers), 1)
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON-ready."""
+        return {**asdict(self), "density": self.density}
+
+
+def prune(
+    model: nn.Module,
+    method: str | Sparsifier,
+    *,
+    density: float | None = None,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    data: Iterable[Batch] | None = None,
+    targets: Iterable[str] = (),
+    skip: Iterable[str] = (),
+    allocation: str | dict[str, float] = "uniform",
+    workdir: str | Path | None = None,
+    offload: bool = False,
+    progress: Progress | None = None,
+    **options: object,
+) -> PruneReport:
+    """Make a model's weights sparse, in place.
+
+    Args:
+        method: a registered name (with its `options`), or a Sparsifier.
+        density: fraction of weights kept, in [0, 1].
+        sparsity: the same said the other way, 1 − density; give one of the two. N:M patterns need neither.
+        pattern: a name ("2:4", "4-row", "unstructured") or an expression; default: the method's own.
+        data: calibration batches for methods that need them: mappings are passed as keywords.
+        targets: glob patterns of layers ("re:" for regular expressions); empty = all but the output head.
+        skip: layers to leave alone.
+        allocation: how the density is spread over layers: "uniform", "er", "erk", or a density per layer name.
+        workdir: keep finished layers here; a run that was killed goes on from the last finished layer.
+        offload: keep the target weights on disk (in `workdir`) and only the layer at hand in memory.
+        progress: called with (layer, done, total).
+
+    Returns:
+        A report; the model itself is changed.
+
+    Raises:
+        UnknownName: no such method or option.
+        PatternError: a layer does not fit the pattern; all such layers are listed.
+        CalibrationError: the method needs data and none was given, or the model fails on it.
+        NonFiniteError: a weight or an activation is NaN or infinite; the layer is named.
+
+    Example:
+        >>> report = prune(model, "wanda", density=0.5, pattern="2:4", data=batches)  # doctest: +SKIP
+    """
+    began = time.perf_counter()
+    sparsifier = _sparsifier(method, density, sparsity, pattern, options)
+    found = find(model, tuple(targets), tuple(skip))
+    _check_fit(model, found, sparsifier)
+    per_layer = _allocate(model, found, sparsifier, allocation)
+    if offload and workdir is None:
+        raise TargetError("offload keeps weights on disk and needs to know where; pass workdir=")
+    journal = Journal(workdir, _identity(model, found, sparsifier, per_layer)) if workdir is not None else None
+    run = _Run(model, found.targets, per_layer, journal, offload, progress)
+    unreached = run.with_data(data) if sparsifier.needs else run.without_data(sparsifier)
+    skipped = (*found.skipped, *((n, "no calibration batch reached it; left dense") for n in unreached))
+    return PruneReport(
+        sparsifier.name, str(sparsifier.pattern), tuple(run.results), skipped, time.perf_counter() - began
+    )
+
+
+def _sparsifier(
+    method: str | Sparsifier,
+    density: float | None,
+    sparsity: float | None,
+    pattern: str | None,
+    options: dict[str, object],
+) -> Sparsifier:
+    if density is not None and sparsity is not None:
+        raise TargetError(f"density={density} and sparsity={sparsity} say the same thing; give one of the two")
+    if sparsity is not None:
+        density = 1.0 - sparsity
+    if isinstance(method, Sparsifier):
+        return method if density is None else method.at_density(density)
+    given = {"density": density, "pattern": pattern}
+    return get_method(method)(**{k: v for k, v in given.items() if v is not None}, **options)
+
+
+def _check_fit(model: nn.Module, found: Found, sparsifier: Sparsifier) -> None:
+    """Everything that can be refused is refused before any weight changes."""
+    problems = []
+    for t in found.targets:
+        w = t.weight(model)
+        if w.is_meta:
+            raise TargetError(f"layer {t.name!r} is on the meta device and has no values; load the weights first")
+        require_finite(w, f"the weight of layer {t.name!r}")
+        try:
+            sparsifier.pattern.place(w.shape)
+        except PatternError as error:
+            problems.append(f"{t.name} {tuple(w.shape)}: {error}")
+    if problems:
+        raise PatternError(
+            f"{len(problems)} of {len(found.targets)} layers do not fit; pass skip= to leave them dense:\n  "
+            + "\n  ".join(problems[:20])
+        )
+
+
+def _allocate(
+    model: nn.Module, found: Found, sparsifier: Sparsifier, allocation: str | dict[str, float]
+) -> dict[str, Sparsifier]:
+    if allocation == "uniform":
+        return {t.name: sparsifier for t in found.targets}
+    if isinstance(allocation, dict):
+        return {t.name: sparsifier.at_density(allocation[t.name]) for t in found.targets}
+    shapes = {t.name: tuple(t.weight(model).shape) for t in found.targets}
+    densities = allocation_rule(allocation)(shapes, sparsifier.budget.d)  # type: ignore[attr-defined]
+    return {name: sparsifier.at_density(d) for name, d in densities.items()}
+
+
+def _identity(
+    model: nn.Module, found: Found, sparsifier: Sparsifier, per_layer: dict[str, Sparsifier]
+) -> dict[str, object]:
+    return {
+        "method": sparsifier.name,
+        "pattern": str(sparsifier.pattern),
+        "layers": {
+            t.name: {"shape": list(t.weight(model).shape), "budget": repr(per_layer[t.name].budget)}
+            for t in found.targets
+        },
+    }
+
+
+class _Run:
+    """One call of `prune`: which layer comes next, and what becomes of it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        per_layer: dict[str, Sparsifier],
+        journal: Journal | None,
+        offload: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.targets, self.per_layer = model, targets, per_layer
+        self.journal, self.offload, self.progress = journal, offload, progress
+        self.results: list[LayerResult] = []
+        if offload:
+            for t in targets:
+                self._to_disk(t)
+
+    def with_data(self, data: Iterable[Batch] | None) -> list[str]:
+        if data is None:
+            name = next(iter(self.per_layer.values())).name
+            raise CalibrationError(f"method {name!r} scores weights by their inputs; pass data= (calibration batches)")
+        needs = next(iter(self.per_layer.values())).needs
+        collect = Collector(needs)
+
+        def visit(arrival: Arrival) -> None:
+            began = time.perf_counter()
+            if not self._resume(arrival.target):
+                stats = collect(arrival, arrival.target.module(self.model))
+                self._prune_one(arrival.target, stats, began)
+
+        return stream(self.model, data, self.targets, visit)
+
+    def without_data(self, sparsifier: Sparsifier) -> list[str]:
+        if sparsifier.scope == "model":
+            self._prune_together(sparsifier)
+            return []
+        for t in self.targets:
+            if not self._resume(t):
+                self._prune_one(t, {}, time.perf_counter())
+        return []
+
+    def _prune_one(self, target: Target, stats: dict[str, Tensor], began: float) -> None:
+        w = target.weight(self.model).detach()
+        new, support = self.per_layer[target.name].apply(w, stats)
+        self._finish(target, new, support.count, began)
+
+    def _prune_together(self, sparsifier: Sparsifier) -> None:
+        began = time.perf_counter()
+        weights = {t: t.weight(self.model).detach() for t in self.targets}
+        supports = select_across(
+            {t: sparsifier.score(w, {}) for t, w in weights.items()}, sparsifier.pattern, sparsifier.budget
+        )
+        for t, w in weights.items():
+            self._finish(t, sparsifier.shrink(w, supports[t]), supports[t].count, began)
+            began = time.perf_counter()
+
+    def _finish(self, target: Target, new: Tensor, kept: int, began: float, resumed: bool = False) -> None:
+        """The weight goes into the model; the journal is written first, so what is recorded is what was computed."""
+        if self.journal is not None and not resumed:
+            self.journal.write(target.name, new)
+        if self.offload:
+            self._map(target, "pruned")
+        else:
+            target.write(self.model, new)
+        seconds = time.perf_counter() - began
+        self.results.append(LayerResult(target.name, tuple(new.shape), kept, seconds, resumed))
+        if self.progress is not None:
+            self.progress(target.name, len(self.results), len(self.targets))
+
+    def _resume(self, target: Target) -> bool:
+        if self.journal is None or not self.journal.finished(target.name):
+            return False
+        w = self.journal.read(target.name)
+        self._finish(target, w, int((w != 0).sum()), time.perf_counter(), resumed=True)
+        return True
+
+    def _to_disk(self, target: Target) -> None:
+        assert self.journal is not None  # checked by prune()
+        if not self.journal.finished(target.name):
+            self.journal.write(target.name, target.weight(self.model), kind="dense")
+            self._map(target, "dense")
+
+    def _map(self, target: Target, kind: str) -> None:
+        """Let the parameter be a view of its file: the page cache, not the heap, holds it."""
+        w = self.journal.mapped(target.name, kind=kind)  # type: ignore[union-attr]
+        target.module(self.model).weight.data = w.t() if target.transposed else w
+        if kind == "pruned":
+            self.journal.forget(target.name, kind="dense")  # type: ignore[union-attr]
