@@ -1,0 +1,5 @@
+"""Layers that are sparse by birth."""
+
+from gossamer.nn.linear import PackedLinear
+
+__all__ = ["PackedLinear"]

@@ -1,0 +1,207 @@
+"""The stored product as torch.library operators, so that compile, export and autograd see one op.
+
+`gossamer::sparse_linear(x, parts, meta, bias, activation, backend)` is y = act(x Wᵀ + b), with W given by a format's
+parts (in the format's own order) and its record as JSON. Plans are kept per values tensor and renewed when it changes.
+
+Shapes: T tokens (any leading axes), M output rows, K input columns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gossamer.core.errors import FormatError
+from gossamer.formats import Format, format_from, format_named
+from gossamer.kernels.dispatch import Plan, resolve
+from gossamer.kernels.reference import activate
+
+LIBRARY = torch.library.Library("gossamer", "DEF")
+LIBRARY.define(
+    "sparse_linear(Tensor x, Tensor[] parts, str meta, Tensor? bias, str activation, str backend) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.define(
+    "sparse_linear_backward(Tensor grad, Tensor x, Tensor[] parts, str meta, Tensor? bias, str activation, "
+    "bool need_x, bool need_values, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def sparse_linear(
+    x: Tensor, fmt: Format, bias_M: Tensor | None = None, *, activation: str = "none", backend: str | None = None
+) -> Tensor:
+    """y = act(x Wᵀ + b) through the operator: differentiable, and one node to compilers.
+
+    Args:
+        x: activations [..., K] in the weight's dtype.
+        fmt: the stored weight [M, K]; its values receive a gradient when they require one.
+        bias_M: added before the activation.
+        activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
+        backend: insist on one by name; None takes the first that serves.
+
+    Raises:
+        FormatError: the parts disagree, or x has another width than K.
+        DispatchError: the named backend cannot serve; the message says why.
+
+    Example:
+        >>> from gossamer.formats import CSR
+        >>> sparse_linear(torch.ones(1, 2), CSR.from_dense(torch.eye(2))).tolist()
+        [[1.0, 1.0]]
+    """
+    parts = list(fmt.parts().values())
+    return torch.ops.gossamer.sparse_linear(x, parts, record(fmt), bias_M, activation, backend or "")
+
+
+def record(fmt: Format) -> str:
+    """A format's record as the operators take it."""
+    return json.dumps(fmt.meta(), sort_keys=True)
+
+
+@lru_cache(maxsize=4096)
+def _meta(meta: str) -> dict[str, Any]:
+    return json.loads(meta)
+
+
+def _named(parts: Sequence[Tensor], meta: str) -> dict[str, Tensor]:
+    names = format_named(str(_meta(meta).get("format"))).PARTS
+    if len(parts) != len(names):
+        raise FormatError(f"{_meta(meta)['format']} has the parts {', '.join(names)}; got {len(parts)} tensors")
+    return dict(zip(names, parts))
+
+
+def width_error(x: Tensor, cols: int) -> FormatError:
+    """The error for activations whose last axis is not K."""
+    got = x.shape[-1] if x.dim() else "a scalar"
+    return FormatError(f"the layer takes {cols} input features, got {got} (x has shape {tuple(x.shape)})")
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A plan, and what its parts were when it was made."""
+
+    state: tuple
+    plan: Plan
+
+
+_PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _state(parts: Sequence[Tensor], meta: str, backend: str) -> tuple:
+    """Changes whenever a part is swapped, moved or written to."""
+    seen = tuple((part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts)
+    return seen, meta, backend
+
+
+def _plan(parts: Sequence[Tensor], meta: str, backend: str) -> Plan:
+    named = _named(parts, meta)
+    state = _state(parts, meta, backend)
+    found = _PLANS.get(named["values"])
+    if found is None or found.state != state:
+        # Aliases, so that the kept plan does not keep its own key alive.
+        fmt = format_from(_meta(meta), {name: part.detach() for name, part in named.items()})
+        found = _Kept(state, resolve(fmt, backend=backend or None))
+        _PLANS[named["values"]] = found
+    return found.plan
+
+
+def _forward(x: Tensor, parts: list[Tensor], meta: str, bias: Tensor | None, activation: str, backend: str) -> Tensor:
+    plan = _plan(parts, meta, backend)
+    rows, cols = plan.call.fmt.shape
+    check_input(x, cols, plan.call)
+    y_TM = plan.run(x.reshape(-1, cols).contiguous(), bias, activation)
+    return y_TM.view(*x.shape[:-1], rows)
+
+
+def check_input(x: Tensor, cols: int, like) -> None:
+    """Refuse activations of another width, dtype or device than the weight's."""
+    if not x.dim() or x.shape[-1] != cols:
+        raise width_error(x, cols)
+    if x.dtype != like.dtype or x.device != like.device:
+        raise FormatError(
+            f"the layer's weights are {like.dtype} on {like.device}, x is {x.dtype} on {x.device}; "
+            "convert one with .to(...)"
+        )
+
+
+def _fake(x, parts, meta, bias, activation, backend):
+    rows, cols = _meta(meta)["rows"], _meta(meta)["cols"]
+    if not x.dim() or x.shape[-1] != cols:
+        raise width_error(x, cols)
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    parts: list[Tensor],
+    meta: str,
+    bias: Tensor | None,
+    activation: str,
+    need_x: bool,
+    need_values: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    named, rows_cols = _named(parts, meta), (_meta(meta)["rows"], _meta(meta)["cols"])
+    options = {key: value for key, value in _meta(meta).items() if key != "format"}
+    fmt = format_named(_meta(meta)["format"])(**options, **{name: part.detach() for name, part in named.items()})
+    w_MK = fmt.to_dense()
+    x_TK, grad_TM = x.reshape(-1, rows_cols[1]), grad.reshape(-1, rows_cols[0])
+    dz_TM = _through_activation(grad_TM, x_TK, w_MK, bias, activation)
+    none = x.new_empty(0)
+    return (
+        (dz_TM @ w_MK).view(x.shape) if need_x else none,
+        fmt.gather(dz_TM.t() @ x_TK).contiguous() if need_values else none,
+        dz_TM.sum(0) if need_bias else none.clone(),
+    )
+
+
+def _through_activation(grad_TM: Tensor, x_TK: Tensor, w_MK: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """The gradient before the activation; its input is computed again rather than kept."""
+    if activation == "none":
+        return grad_TM
+    with torch.enable_grad():
+        z_TM = F.linear(x_TK.detach(), w_MK, None if bias is None else bias.detach()).requires_grad_()
+        return torch.autograd.grad(activate(z_TM, activation), z_TM, grad_TM)[0]
+
+
+def _fake_backward(grad, x, parts, meta, bias, activation, need_x, need_values, need_bias):
+    values = _named(parts, meta)["values"]
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
+        torch.empty_like(values) if need_values else x.new_empty(0),
+        x.new_empty(_meta(meta)["rows"]) if need_bias else x.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, parts, meta, bias, activation, _ = inputs
+    ctx.save_for_backward(x, bias, *parts)
+    ctx.meta, ctx.activation = meta, activation
+    ctx.values_at = list(_named(parts, meta)).index("values")
+
+
+def _autograd(ctx, grad):
+    x, bias, *parts = ctx.saved_tensors
+    need_x, need_parts, _, need_bias, *_ = ctx.needs_input_grad
+    need_values = need_parts[ctx.values_at] if isinstance(need_parts, (list, tuple)) else bool(need_parts)
+    dx, dvalues, dbias = torch.ops.gossamer.sparse_linear_backward(
+        grad.contiguous(), x, parts, ctx.meta, bias, ctx.activation, need_x, need_values, need_bias
+    )
+    dparts = [dvalues if at == ctx.values_at and need_values else None for at in range(len(parts))]
+    return dx if need_x else None, dparts, None, dbias if need_bias else None, None, None
+
+
+LIBRARY.impl("sparse_linear", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("sparse_linear_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("gossamer::sparse_linear", _fake, lib=LIBRARY)
+torch.library.register_fake("gossamer::sparse_linear_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd("gossamer::sparse_linear", _autograd, setup_context=_setup_context, lib=LIBRARY)

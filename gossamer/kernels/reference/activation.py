@@ -1,0 +1,32 @@
+"""The activations a product may end with, in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gossamer.core.errors import unknown
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def activation_named(name: str) -> str:
+    """The name itself when it is known. Raises UnknownName with near names."""
+    if name not in ACTIVATIONS:
+        raise unknown("activation", name, ACTIVATIONS)
+    return name
+
+
+def activate(z: Tensor, name: str) -> Tensor:
+    """Apply the activation of that name."""
+    return ACTIVATIONS[activation_named(name)](z)

@@ -1,0 +1,102 @@
+"""The CPU kernels, as dispatch sees them: sparse x dense by streams, one-token decode by bitmask.
+
+Shapes: T tokens, M output rows, K input columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gossamer.formats import CSR, NM, Bitmask, Block, RowGrouped
+from gossamer.kernels.dense import Unpack
+from gossamer.kernels.dispatch import Call, kernel
+from gossamer.kernels.lowering import group_rows, lower
+
+if TYPE_CHECKING:
+    from gossamer.kernels.cpu.stream import Stream
+
+# The decode kernel keeps one accumulator per token.
+MOST_DECODE_TOKENS = 8
+
+
+def cannot_run_here(name: str, module: str) -> str | None:
+    """The processor's or the installation's reason against a CPU kernel; None when it runs."""
+    try:
+        import_module(f"gossamer.kernels.cpu.{module}")
+        return import_module("gossamer.kernels.cpu.target").supports(name)
+    except ImportError as error:
+        return f"its compiler could not be imported ({error})"
+
+
+@kernel("linear", CSR, RowGrouped, NM, Block, name="spmm", backend="cpu", devices=("cpu",))
+@dataclass(frozen=True)
+class Spmm:
+    """Sparse x dense in float32, activations in panels that stay in the first-level cache."""
+
+    stream: Stream
+    product: Callable[..., Tensor]
+    product_of_columns: Callable[..., Tensor]
+
+    @staticmethod
+    def refuse(call: Call) -> str | None:
+        if call.dtype != torch.float32:
+            return f"spmm multiplies float32 only, the layer is {call.dtype}; pack it as float32 or as bitmask"
+        if group_rows(call.fmt) not in (1, 2, 4, 8):
+            return f"spmm groups 1, 2, 4 or 8 rows, the weight groups {group_rows(call.fmt)}"
+        return cannot_run_here("spmm", "spmm")
+
+    @classmethod
+    def prepare(cls, call: Call) -> Spmm:
+        from gossamer.kernels.cpu.spmm import spmm, spmm_columns
+
+        return cls(lower(call.fmt), spmm, spmm_columns)
+
+    def run(self, x_TK: Tensor, bias_M: Tensor | None, activation: str) -> Tensor:
+        return self.product(self.stream, x_TK, bias_M, activation)
+
+    def run_columns(self, x_KN: Tensor, bias_M: Tensor | None, activation: str) -> Tensor:
+        """The same product over columns: x [K, N] to y [M, N], the layout of images."""
+        return self.product_of_columns(self.stream, x_KN, bias_M, activation)
+
+    def laid_out(self) -> tuple[Tensor, ...]:
+        return self.stream.starts_BG, self.stream.indices_E, self.stream.values_EG
+
+
+@kernel("linear", Bitmask, name="decode", backend="cpu", devices=("cpu",))
+@dataclass(frozen=True)
+class Decode:
+    """Weights streamed from memory once for up to 8 tokens; longer inputs unpack the weight and multiply densely."""
+
+    NOTE = "up to 8 tokens by expand-load decode; more at once (a prompt) by unpacking and a dense product"
+
+    fmt: Bitmask
+    product: Callable[..., Tensor]
+
+    @staticmethod
+    def refuse(call: Call) -> str | None:
+        if call.tokens is not None and call.tokens > MOST_DECODE_TOKENS:
+            return f"decode serves up to {MOST_DECODE_TOKENS} tokens at once, the call has {call.tokens}"
+        if call.dtype not in (torch.float32, torch.bfloat16):
+            return f"decode reads float32 and bfloat16 values, the layer is {call.dtype}"
+        return cannot_run_here(f"bitmask_{str(call.dtype).removeprefix('torch.')}", "decode")
+
+    @classmethod
+    def prepare(cls, call: Call) -> Decode:
+        from gossamer.kernels.cpu.decode import bitmask_matvec
+
+        return cls(call.fmt, bitmask_matvec)
+
+    def run(self, x_TK: Tensor, bias_M: Tensor | None, activation: str) -> Tensor:
+        if not 1 <= x_TK.shape[0] <= MOST_DECODE_TOKENS:
+            return Unpack(self.fmt).run(x_TK, bias_M, activation)
+        fmt = self.fmt
+        return self.product(fmt.bits, fmt.offsets, fmt.values, fmt.rows, fmt.cols, x_TK, bias_M, activation)
+
+    def laid_out(self) -> tuple[Tensor, ...]:
+        return ()
