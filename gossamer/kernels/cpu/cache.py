@@ -1,0 +1,99 @@
+"""Compile once per machine: where compiled kernels are kept, and a line that says so when one is built."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from gossamer.kernels.cpu.target import cpu_name
+
+_log = logging.getLogger("gossamer")
+_lock = threading.RLock()
+
+
+@functools.cache
+def abi_version() -> str:
+    """Hash of every source file of the CPU kernels.
+
+    Numba keys its cache by the kernel's own file only, so an edit to a file it calls would be served stale.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _user_cache() -> Path:
+    if named := os.environ.get("GOSSAMER_CACHE_DIR"):
+        return Path(named).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "gossamer"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "gossamer"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gossamer"
+
+
+@functools.cache
+def kernel_dir() -> Path:
+    """Directory of compiled kernels: `<cache>/kernels/<cpu>-<hash of the sources>`; a temporary one if unwritable."""
+    path = _user_cache() / "kernels" / f"{cpu_name()}-{abi_version()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        _log.warning("cannot write %s (%s): kernels will be compiled in every process", path, error)
+        return Path(tempfile.mkdtemp(prefix="gossamer-kernels-"))
+
+
+@contextlib.contextmanager
+def _numba_cache_here():
+    """Point Numba's cache at our directory while one of our functions is declared, and nowhere else."""
+    from numba import config
+
+    with _lock:
+        before, config.CACHE_DIR = config.CACHE_DIR, str(kernel_dir())
+        try:
+            yield
+        finally:
+            config.CACHE_DIR = before
+
+
+def announce(name: str) -> None:
+    """Log that a kernel is being compiled, so that a slow first call explains itself."""
+    _log.info("compiling the %s kernel (once per machine; cached in %s)", name, kernel_dir())
+
+
+def compile_kernel(function, name: str):
+    """Compile `void function(void* args)` to machine code, or load it from the disk cache.
+
+    Returns the compiled callback (its `.address` is the entry point). Keep it alive as long as the address is used.
+    """
+    from numba import types
+    from numba.core.ccallback import CFunc
+
+    class Announced(CFunc):
+        def _compile_uncached(self):
+            announce(name)
+            return super()._compile_uncached()
+
+    with _numba_cache_here():
+        kernel = Announced(function, ((types.voidptr,), types.void), {}, {"error_model": "numpy"})
+        kernel.enable_caching()
+        kernel.compile()
+    return kernel
+
+
+def helper(function):
+    """Declare a function that kernels call: compiled by Numba, cached beside them."""
+    from numba import njit
+
+    with _numba_cache_here():
+        return njit(error_model="numpy", cache=True, nogil=True)(function)

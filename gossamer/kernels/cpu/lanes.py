@@ -1,0 +1,335 @@
+"""The vector instructions that kernels are made of, as Numba intrinsics on plain 64-bit addresses.
+
+Everything that decides code (rows of a tile, vectors, lanes) is a literal int; everything else is a run-time int64.
+Vectors never cross Numba's type system: each intrinsic loads, computes and stores inside itself.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from gossamer.kernels.cpu import activations
+from gossamer.kernels.cpu.activations import Vector
+
+_I1, _I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
+_F32 = ir.FloatType()
+_int = types.int64
+
+
+def _n(x: int):
+    return ir.Constant(_I64, x)
+
+
+def _at(b, address, kind):
+    return b.inttoptr(address, kind.as_pointer())
+
+
+def _load(b, address, kind, align: int):
+    value = b.load(_at(b, address, kind))
+    value.align = align
+    return value
+
+
+def _store(b, value, address, align: int):
+    b.store(value, _at(b, address, value.type)).align = align
+
+
+def _splat(b, scalar, lanes: int):
+    if lanes == 1:
+        one = ir.Constant(ir.VectorType(scalar.type, 1), ir.Undefined)
+        return b.insert_element(one, scalar, ir.Constant(_I32, 0))
+    undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
+    first = b.insert_element(undefined, scalar, ir.Constant(_I32, 0))
+    return b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
+
+
+def _declare(b, name: str, result, *args):
+    return b.module.globals.get(name) or ir.Function(b.module, ir.FunctionType(result, list(args)), name)
+
+
+def _lane_mask(b, count, lanes: int):
+    """Mask whose first `count` lanes are set."""
+    numbers = ir.Constant(ir.VectorType(_I32, lanes), list(range(lanes)))
+    return b.icmp_signed("<", numbers, _splat(b, b.trunc(count, _I32), lanes))
+
+
+def _masked_load(b, address, mask, lanes: int):
+    kind = ir.VectorType(_F32, lanes)
+    pointer = kind.as_pointer()
+    name = f"llvm.masked.load.v{lanes}f32.p0"
+    function = _declare(b, name, kind, pointer, _I32, ir.VectorType(_I1, lanes), kind)
+    return b.call(function, [b.inttoptr(address, pointer), ir.Constant(_I32, 4), mask, ir.Constant(kind, None)])
+
+
+def _masked_store(b, value, address, mask, lanes: int):
+    kind = ir.VectorType(_F32, lanes)
+    pointer = kind.as_pointer()
+    name = f"llvm.masked.store.v{lanes}f32.p0"
+    function = _declare(b, name, ir.VoidType(), kind, pointer, _I32, ir.VectorType(_I1, lanes))
+    b.call(function, [value, b.inttoptr(address, pointer), ir.Constant(_I32, 4), mask])
+
+
+@intrinsic
+def get(typing, address):
+    """The int64 stored at an address."""
+    return _int(_int), lambda ctx, b, sig, args: _load(b, args[0], _I64, 8)
+
+
+@intrinsic
+def get_i32(typing, address):
+    """The int32 stored at an address, widened."""
+    return _int(_int), lambda ctx, b, sig, args: b.sext(_load(b, args[0], _I32, 4), _I64)
+
+
+@intrinsic
+def address_of(typing, pointer):
+    """The integer value of the kernel's void* argument."""
+    return _int(types.voidptr), lambda ctx, b, sig, args: b.ptrtoint(args[0], _I64)
+
+
+@intrinsic
+def take(typing, address):
+    """Atomically add one to a counter and return what it was."""
+
+    def gen(ctx, b, sig, args):
+        return b.atomic_rmw("add", _at(b, args[0], _I64), _n(1), "acq_rel")
+
+    return _int(_int), gen
+
+
+class _Loop:
+    """`for i in range(start, stop, step)` in IR, carrying values from turn to turn."""
+
+    def __init__(self, b, start, stop, step: int, carried):
+        self.b, self.step = b, step
+        before = b.block
+        self.head, self.body, self.after = (b.append_basic_block(n) for n in ("loop", "loop.body", "loop.end"))
+        b.branch(self.head)
+        b.position_at_end(self.head)
+        self.i = b.phi(_I64)
+        self.i.add_incoming(start, before)
+        self.values = [b.phi(value.type) for value in carried]
+        for phi, value in zip(self.values, carried):
+            phi.add_incoming(value, before)
+        last = b.add(self.i, _n(step - 1))
+        b.cbranch(b.icmp_signed("<", last, stop), self.body, self.after)
+        b.position_at_end(self.body)
+
+    def close(self, carried) -> list:
+        """End the body; the values after the loop are the phis."""
+        b = self.b
+        self.i.add_incoming(b.add(self.i, _n(self.step)), b.block)
+        for phi, value in zip(self.values, carried):
+            phi.add_incoming(value, b.block)
+        b.branch(self.head)
+        b.position_at_end(self.after)
+        return self.values
+
+
+def _start_sums(b, first, kind, addresses):
+    """Sums start at zero in the first block of columns, and where the last block left them otherwise."""
+    before = b.block
+    resume, ready = b.append_basic_block("resume"), b.append_basic_block("ready")
+    b.cbranch(b.icmp_signed("!=", first, _n(0)), ready, resume)
+    b.position_at_end(resume)
+    loaded = [_load(b, address, kind, 4) for address in addresses]
+    b.branch(ready)
+    b.position_at_end(ready)
+    sums = []
+    for value in loaded:
+        phi = b.phi(kind)
+        phi.add_incoming(ir.Constant(kind, None), before)
+        phi.add_incoming(value, resume)
+        sums.append(phi)
+    return sums
+
+
+@intrinsic(prefer_literal=True)
+def tile(typing, rows, vectors, lanes, index_bytes, first, stop, start, index, value, panel, unit, sums, sums_row):
+    """Add entries start..stop of one row group into its sums: a register tile of rows x vectors.
+
+    sums[r, :] += sum over entries e of value[e, r] * panel[index[e] * unit, :].
+    `first` non-zero starts from zero instead of reading the sums. `unit` and `sums_row` are in bytes.
+    """
+    G, V, L, B = (t.literal_value for t in (rows, vectors, lanes, index_bytes))
+    # Enough independent chains of additions to cover a four-cycle latency at two additions per cycle.
+    chains = max(1, min(4, 8 // (G * V)))
+    unroll = max(chains, 2 if G * V <= 8 else 1)
+    kind = ir.VectorType(_F32, L)
+
+    def gen(ctx, b, sig, args):
+        first, stop, start, index, value, panel, unit, sums, sums_row = args[4:]
+        fma = _declare(b, f"llvm.fma.v{L}f32", kind, kind, kind, kind)
+        places = []
+        for r in range(G):
+            row = b.add(sums, b.mul(sums_row, _n(r)))
+            places += [b.add(row, _n(4 * L * v)) for v in range(V)]
+
+        def entry(e, acc):
+            raw = _load(b, b.add(index, b.mul(e, _n(B))), ir.IntType(8 * B), B)
+            column = b.zext(raw, _I64) if B < 8 else raw
+            x = b.add(panel, b.mul(column, unit))
+            xs = [_load(b, b.add(x, _n(4 * L * v)), kind, 4) for v in range(V)]
+            w = b.add(value, b.mul(e, _n(4 * G)))
+            acc = list(acc)
+            for r in range(G):
+                weight = _splat(b, _load(b, b.add(w, _n(4 * r)), _F32, 4), L)
+                for v in range(V):
+                    acc[r * V + v] = b.call(fma, [weight, xs[v], acc[r * V + v]])
+            return acc
+
+        acc = _start_sums(b, first, kind, places)
+        size = G * V
+        acc = acc + [ir.Constant(kind, None)] * (size * (chains - 1))
+        if unroll > 1:
+            loop = _Loop(b, start, stop, unroll, acc)
+            now = list(loop.values)
+            for u in range(unroll):
+                c = (u % chains) * size
+                now[c : c + size] = entry(b.add(loop.i, _n(u)), now[c : c + size])
+            acc = loop.close(now)
+            start = loop.i
+        loop = _Loop(b, start, stop, 1, acc)
+        acc = loop.close(entry(loop.i, loop.values[:size]) + loop.values[size:])
+        for c in range(1, chains):
+            acc = [b.fadd(acc[k], acc[c * size + k]) for k in range(size)] + acc[size:]
+        for value_, place in zip(acc[:size], places):
+            _store(b, value_, place, 4)
+        return ctx.get_dummy_value()
+
+    return types.void(rows, vectors, lanes, index_bytes, *[_int] * 9), gen
+
+
+def _transposed(b, rows, lanes: int):
+    """Transpose lanes x lanes floats held in `lanes` vectors, by unpacking pairs and then swapping 128-bit quarters."""
+
+    def shuffle(x, y, pattern):
+        return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, lanes), pattern))
+
+    quarters = range(0, lanes, 4)
+    low = [p for q in quarters for p in (q, lanes + q, q + 1, lanes + q + 1)]
+    high = [p + 2 for p in low]
+    pair_low = [p for q in quarters for p in (q, q + 1, lanes + q, lanes + q + 1)]
+    pair_high = [p + 2 for p in pair_low]
+    fours = []
+    for q in quarters:
+        a, c, d, e = rows[q : q + 4]
+        ac_low, ac_high = shuffle(a, c, low), shuffle(a, c, high)
+        de_low, de_high = shuffle(d, e, low), shuffle(d, e, high)
+        fours.append(
+            [
+                shuffle(ac_low, de_low, pair_low),
+                shuffle(ac_low, de_low, pair_high),
+                shuffle(ac_high, de_high, pair_low),
+                shuffle(ac_high, de_high, pair_high),
+            ]
+        )
+    even = [4 * k + j for k in range(0, 2 * len(quarters), 2) for j in range(4)]
+    odd = [4 * k + j for k in range(1, 2 * len(quarters), 2) for j in range(4)]
+    out = [None] * lanes
+    for j in range(4):
+        blocks = {0: [four[j] for four in fours]}
+        step = 1
+        # Halve the number of vectors per step; the key is the 128-bit quarter (a column block) they hold.
+        while len(blocks) < len(quarters):
+            blocks = {
+                key + offset * step: [shuffle(x, y, pattern) for x, y in zip(vs[::2], vs[1::2])]
+                for key, vs in blocks.items()
+                for offset, pattern in ((0, even), (1, odd))
+            }
+            step *= 2
+        for key, (vector,) in blocks.items():
+            out[4 * key + j] = vector
+    return out
+
+
+@intrinsic(prefer_literal=True)
+def transpose(typing, lanes, ragged, finish, source, source_row, rows, cols, target, target_row, width, add, low):
+    """target[c, r] = max(source[r, c] + add[r], low[0]) for a lanes x lanes block; row strides are in bytes.
+
+    Ragged blocks have `rows` x `cols` entries that may be read (the rest count as zero) and write the first `width`
+    lanes of `cols` rows. Without `finish` nothing is added and there is no lower bound.
+    """
+    L, masked, finishing = lanes.literal_value, ragged.literal_value, finish.literal_value
+
+    def gen(ctx, b, sig, args):
+        source, source_row, rows, cols, target, target_row, width, add, low = args[3:]
+        kind = ir.VectorType(_F32, L)
+        bits = ir.VectorType(_I1, L)
+
+        def row_mask(mask, r, count):
+            return b.select(b.icmp_signed("<", _n(r), count), mask, ir.Constant(bits, None))
+
+        inside = _lane_mask(b, cols, L) if masked else None
+        vectors = []
+        for r in range(L):
+            place = b.add(source, b.mul(source_row, _n(r)))
+            whole = not masked
+            vectors.append(_load(b, place, kind, 4) if whole else _masked_load(b, place, row_mask(inside, r, rows), L))
+        wanted = _lane_mask(b, width, L) if masked else None
+        if finishing:
+            bias = _masked_load(b, add, wanted, L) if masked else _load(b, add, kind, 4)
+            bound = _splat(b, _load(b, low, _F32, 4), L)
+        for c, vector in enumerate(_transposed(b, vectors, L)):
+            if finishing:
+                vector = b.fadd(vector, bias)
+                vector = b.select(b.fcmp_ordered("<", vector, bound), bound, vector)
+            place = b.add(target, b.mul(target_row, _n(c)))
+            if masked:
+                _masked_store(b, vector, place, row_mask(wanted, c, cols), L)
+            else:
+                _store(b, vector, place, 4)
+        return ctx.get_dummy_value()
+
+    return types.void(lanes, ragged, finish, *[_int] * 9), gen
+
+
+@intrinsic(prefer_literal=True)
+def finish_row(typing, lanes, code, source, target, count, bias):
+    """target[i] = activation(source[i] + bias[0]) for `count` floats; source and target may be the same row."""
+    L, act = lanes.literal_value, code.literal_value
+
+    def gen(ctx, b, sig, args):
+        _, _, source, target, count, bias = args
+        kind = ir.VectorType(_F32, L)
+        shift = _splat(b, _load(b, bias, _F32, 4), L)
+
+        def done(x):
+            return activations.emit(Vector(b, L), act, b.fadd(x, shift))
+
+        loop = _Loop(b, _n(0), count, L, [])
+        offset = b.mul(loop.i, _n(4))
+        _store(b, done(_load(b, b.add(source, offset), kind, 4)), b.add(target, offset), 4)
+        loop.close([])
+        rest = b.sub(count, loop.i)
+        with b.if_then(b.icmp_signed(">", rest, _n(0))):
+            mask, offset = _lane_mask(b, rest, L), b.mul(loop.i, _n(4))
+            x = _masked_load(b, b.add(source, offset), mask, L)
+            _masked_store(b, done(x), b.add(target, offset), mask, L)
+        return ctx.get_dummy_value()
+
+    return types.void(lanes, code, *[_int] * 4), gen
+
+
+@intrinsic(prefer_literal=True)
+def copy_row(typing, lanes, source, target, count, width):
+    """target[:count] = source[:count] and target[count:width] = 0."""
+    L = lanes.literal_value
+
+    def gen(ctx, b, sig, args):
+        _, source, target, count, width = args
+        kind = ir.VectorType(_F32, L)
+        loop = _Loop(b, _n(0), count, L, [])
+        offset = b.mul(loop.i, _n(4))
+        _store(b, _load(b, b.add(source, offset), kind, 4), b.add(target, offset), 4)
+        loop.close([])
+        rest = _Loop(b, loop.i, b.add(width, _n(L - 1)), L, [])
+        offset = b.mul(rest.i, _n(4))
+        x = _masked_load(b, b.add(source, offset), _lane_mask(b, b.sub(count, rest.i), L), L)
+        _masked_store(b, x, b.add(target, offset), _lane_mask(b, b.sub(width, rest.i), L), L)
+        rest.close([])
+        return ctx.get_dummy_value()
+
+    return types.void(lanes, *[_int] * 4), gen

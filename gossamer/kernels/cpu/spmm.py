@@ -1,0 +1,339 @@
+"""Sparse weights times dense activations on the CPU: y = act(x Wᵀ + b), and the same for images and columns.
+
+Shapes: T tokens, K inputs, M outputs, N columns (pixels), C channels, H and W image height and width, E entries.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gossamer.core.errors import FormatError, unknown
+from gossamer.kernels.cpu.stream import GROUPS, Stream
+from gossamer.kernels.cpu.target import lanes
+
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+_ROW_MAJOR, _COLUMN_MAJOR, _PANEL_MAJOR, _LINES = range(4)
+_FIELDS = 36
+_pack_into = struct.Struct(f"={_FIELDS}q").pack_into
+
+# Constants whose addresses kernels receive: a zero bias, and the lower bounds "none" and "relu".
+_ZEROS = torch.zeros(16)
+_BOUNDS = torch.tensor([-torch.inf, 0.0])
+_ZERO_AT, _BOUND_AT = _ZEROS.data_ptr(), _BOUNDS.data_ptr()
+
+
+class _Workplace(threading.local):
+    """Argument block and scratch memory of one calling thread, so that callers never share any."""
+
+    def __init__(self):
+        self.args = (ctypes.c_int64 * _FIELDS)()
+        self.args_at = ctypes.addressof(self.args)
+        self.scratch = torch.empty(0)
+        self.scratch_at = self.scratch_bytes = 0
+
+    def scratch_of(self, wanted: int) -> int:
+        """Address of at least `wanted` bytes on a 64-byte boundary."""
+        if wanted > self.scratch_bytes:
+            self.scratch = torch.empty(wanted // 4 + 16)
+            self.scratch_at = -(-self.scratch.data_ptr() // 64) * 64
+            self.scratch_bytes = wanted
+        return self.scratch_at
+
+
+_workplace = _Workplace()
+_kernels: dict[tuple[int, int], object] = {}
+_widest: dict[int, int] = {}
+
+
+def _kernel(g: int, index_bytes: int):
+    """The compiled kernel; Numba is imported here, on first use."""
+    found = _kernels.get((g, index_bytes))
+    if found is None:
+        from gossamer.kernels.cpu import panels
+
+        _widest[g] = panels.widest(g)
+        found = _kernels[g, index_bytes] = panels.kernel(g, index_bytes)
+    return found
+
+
+def warm_up(*, groups: tuple[int, ...] = GROUPS) -> None:
+    """Compile every sparse product for these group sizes now, rather than on first use."""
+    for g in groups:
+        for index_bytes in (2, 4):
+            _kernel(g, index_bytes)
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Activations kept in the layout that kernels read: [panels, features, width] floats, token t of panel p at
+    lane t - p * width. Passing them between layers skips two transposes per layer.
+
+    Args:
+        data: float32 [ceil(tokens / width), features, width]; lanes beyond the last token are undefined.
+        tokens: T.
+    """
+
+    data: Tensor
+    tokens: int
+
+    @property
+    def features(self) -> int:
+        """Features per token."""
+        return self.data.shape[1]
+
+    def rows(self) -> Tensor:
+        """The same activations as an ordinary [T, features] tensor."""
+        return self.data.permute(0, 2, 1).reshape(-1, self.features)[: self.tokens].contiguous()
+
+
+def panel_width() -> int:
+    """Tokens of one panel of `Panels` on this processor: four vectors."""
+    return 4 * lanes()
+
+
+def _chunks(places: int, batches: int, threads: int) -> int:
+    """Into how many chunks of rows each panel is cut, so that no thread waits for long; 1 packs every panel once."""
+    if threads == 1 or places == 0:
+        return 1
+    for chunks in range(1, 4 * threads):
+        tasks = places * chunks
+        if -(-tasks // threads) * threads <= 1.15 * tasks:
+            return max(1, min(chunks, batches))
+    return max(1, min(threads, batches))
+
+
+def _launch(
+    stream: Stream, x_at: int, x_row: int, x_image: int, x_kind: int, y_at: int, y_row: int, y_image: int,
+    y_kind: int, images: int, tokens: int, bias_M: Tensor | None, code: int, *,
+    index: tuple[int, int] | None = None, copy_width: int = 0, depth: int = 0, line: int = 0, kept: int = 0,
+) -> None:  # fmt: skip
+    """Lay out the work, fill the argument block and run. Strides are in bytes."""
+    starts_at, indices_at, values_at = stream.addresses
+    index_bytes = 2 if stream.indices_E.dtype is torch.uint16 else 4
+    if index is not None:
+        indices_at, index_bytes = index
+    entry = _kernel(stream.g, index_bytes)
+    _lanes = lanes()
+    vectors, most, threads = -(-tokens // _lanes), _widest[stream.g], torch.get_num_threads()
+    in_panels = _PANEL_MAJOR in (x_kind, y_kind)
+    panels, per_panel = -(-vectors // most), panel_width() // _lanes
+    wide = most if in_panels else -(-vectors // panels)
+    batches = -(-stream.rows // 16)
+    chunks = _chunks(panels * images, batches, threads)
+    tasks = panels * images * chunks
+    unit = 4 if copy_width else 4 * _lanes * per_panel
+    columns = depth or stream.cols
+    packed = 0 if x_kind == _PANEL_MAJOR else 4 * columns * (copy_width or _lanes * wide)
+    packed = -(-packed // 64) * 64
+    hold = 64 * _lanes * wide if stream.blocks > 1 else 0
+    each = packed + max(64 * _lanes * wide, hold * -(-batches // chunks)) + 64
+    threads = min(threads, tasks)
+    place = _workplace
+    scratch = place.scratch_of(each * threads)
+    _pack_into(
+        place.args, 0,
+        0, 0, tasks, chunks, panels, images, scratch, each,
+        x_at, x_row, x_image, y_at, y_row, y_image, x_kind, y_kind,
+        tokens, stream.rows, columns, stream.groups, stream.blocks, starts_at, indices_at, values_at,
+        0 if bias_M is None else bias_M.data_ptr(), code, _BOUND_AT + 4 * (code == 1), _ZERO_AT,
+        wide, copy_width, unit, line, kept, packed, hold, per_panel,
+    )  # fmt: skip
+    entry.run(place.args_at, threads)
+
+
+def _code(activation: str) -> int:
+    code = ACTIVATIONS.get(activation)
+    if code is None:
+        raise unknown("activation", activation, ACTIVATIONS)
+    return code
+
+
+def _need_floats(name: str, tensor: Tensor, shape: str, fits: bool) -> None:
+    if tensor.dtype is not torch.float32 or not fits or not tensor.is_contiguous() or tensor.is_cuda:
+        raise FormatError(
+            f"{name} must be a contiguous float32 CPU tensor {shape}, got {tensor.dtype} {tuple(tensor.shape)} "
+            f"on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}; call .float().contiguous()"
+        )
+
+
+def _bias(stream: Stream, bias_M: Tensor | None) -> None:
+    if bias_M is not None:
+        _need_floats("bias", bias_M, f"[{stream.rows}]", bias_M.shape == (stream.rows,))
+
+
+def _output(out: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    if out is None:
+        return torch.empty(shape)
+    _need_floats("out", out, str(list(shape)), tuple(out.shape) == shape)
+    return out
+
+
+def spmm(
+    stream: Stream,
+    x_TK: Tensor | Panels,
+    bias_M: Tensor | None = None,
+    activation: str = "none",
+    out: Tensor | Panels | None = None,
+) -> Tensor | Panels:
+    """Multiply activations by sparse weights: y = act(x Wᵀ + b).
+
+    Args:
+        stream: the weights W [M, K].
+        x_TK: float32 [T, K], contiguous, any T >= 0; or the `Panels` of an earlier layer.
+        bias_M: float32 [M].
+        activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
+        out: where to write, [T, M] or `Panels`; made when None, in the layout of x.
+
+    Raises:
+        FormatError: a shape, dtype or layout does not fit; the message says which.
+        UnknownName: no such activation.
+
+    Example:
+        >>> y = spmm(weights, torch.randn(12, 384), activation="relu")
+    """
+    code = _code(activation)
+    _bias(stream, bias_M)
+    x_at, x_row, x_kind, tokens = _input(stream, x_TK)
+    if out is None and x_kind == _PANEL_MAJOR:
+        out = empty_panels(tokens, stream.rows)
+    if isinstance(out, Panels):
+        y_at, y_row, y_kind = _panel_output(stream, out, tokens)
+    else:
+        out = _output(out, (tokens, stream.rows))
+        y_at, y_row, y_kind = out.data_ptr(), 4 * stream.rows, _ROW_MAJOR
+    if tokens and stream.rows:
+        _launch(stream, x_at, x_row, 0, x_kind, y_at, y_row, 0, y_kind, 1, tokens, bias_M, code)
+    return out
+
+
+def _input(stream: Stream, x_TK: Tensor | Panels) -> tuple[int, int, int, int]:
+    """Address, row stride in bytes, kind and tokens of x."""
+    if isinstance(x_TK, Panels):
+        data, width = x_TK.data, panel_width()
+        count = -(-x_TK.tokens // width)
+        _need_floats("x", data, f"[{count}, {stream.cols}, {width}]", data.shape == (count, stream.cols, width))
+        return data.data_ptr(), 4 * width, _PANEL_MAJOR, x_TK.tokens
+    _need_floats("x", x_TK, f"[T, {stream.cols}]", x_TK.dim() == 2 and x_TK.shape[1] == stream.cols)
+    return x_TK.data_ptr(), 4 * stream.cols, _ROW_MAJOR, x_TK.shape[0]
+
+
+def empty_panels(tokens: int, features: int) -> Panels:
+    """Uninitialised `Panels` for [tokens, features] activations."""
+    width = panel_width()
+    return Panels(torch.empty(-(-tokens // width), features, width), tokens)
+
+
+def _panel_output(stream: Stream, out: Panels, tokens: int) -> tuple[int, int, int]:
+    width = panel_width()
+    shape = (-(-tokens // width), stream.rows, width)
+    _need_floats("out", out.data, str(list(shape)), tuple(out.data.shape) == shape and out.tokens == tokens)
+    return out.data.data_ptr(), 4 * width, _PANEL_MAJOR
+
+
+def spmm_columns(
+    stream: Stream,
+    x_KN: Tensor,
+    bias_M: Tensor | None = None,
+    activation: str = "none",
+    out: Tensor | None = None,
+) -> Tensor:
+    """Multiply sparse weights by columns: Y = act(W X + b), the product of a 1x1 convolution.
+
+    Args:
+        stream: the weights W [M, K].
+        x_KN: float32 [K, N] or [images, K, N], contiguous.
+        bias_M: float32 [M].
+        activation: as in `spmm`.
+        out: where to write, [M, N] or [images, M, N]; made when None.
+
+    Raises:
+        FormatError: a shape, dtype or layout does not fit.
+        UnknownName: no such activation.
+
+    Example:
+        >>> y = spmm_columns(weights, image.reshape(512, 14 * 14), bias, "relu")
+    """
+    code = _code(activation)
+    _bias(stream, bias_M)
+    _need_floats("x", x_KN, f"[..., {stream.cols}, N]", x_KN.dim() in (2, 3) and x_KN.shape[-2] == stream.cols)
+    count, images = x_KN.shape[-1], x_KN.shape[0] if x_KN.dim() == 3 else 1
+    out = _output(out, (*x_KN.shape[:-2], stream.rows, count))
+    if out.numel():
+        _launch(
+            stream, x_KN.data_ptr(), 4 * count, 4 * count * stream.cols, _COLUMN_MAJOR,
+            out.data_ptr(), 4 * count, 4 * count * stream.rows, _COLUMN_MAJOR, images, count, bias_M, code,
+        )  # fmt: skip
+    return out
+
+
+def spmm_conv(
+    stream: Stream,
+    x_CHW: Tensor,
+    kernel: tuple[int, int],
+    padding: tuple[int, int] = (0, 0),
+    bias_M: Tensor | None = None,
+    activation: str = "none",
+    out: Tensor | None = None,
+) -> Tensor:
+    """Convolve with stride 1, without im2col: every kept weight is one offset into the padded image.
+
+    Args:
+        stream: weights [M, C * kernel height * kernel width], columns in the order of a flattened conv weight.
+        x_CHW: float32 [C, H, W] or [images, C, H, W], contiguous.
+        kernel: height and width of the kernel.
+        padding: zeros added above and below, left and right.
+        bias_M: float32 [M].
+        activation: as in `spmm`.
+        out: where to write; made when None.
+
+    Raises:
+        FormatError: a shape, dtype or layout does not fit.
+        UnknownName: no such activation.
+
+    Example:
+        >>> y = spmm_conv(weights, image, (3, 3), (1, 1), bias, "relu")
+    """
+    code = _code(activation)
+    _bias(stream, bias_M)
+    (kh, kw), (ph, pw) = kernel, padding
+    channels, rest = divmod(stream.cols, kh * kw)
+    fits = x_CHW.dim() in (3, 4) and rest == 0 and x_CHW.shape[-3] == channels
+    _need_floats("x", x_CHW, f"[..., {stream.cols}/({kh}*{kw}), H, W]", fits)
+    x_padded = F.pad(x_CHW, (pw, pw, ph, ph)) if ph or pw else x_CHW
+    high, wide = x_padded.shape[-2:]
+    out_high, out_wide = high - kh + 1, wide - kw + 1
+    if out_high <= 0 or out_wide <= 0:
+        raise FormatError(f"a {kh}x{kw} kernel does not fit into a padded image of {high}x{wide}")
+    out = _output(out, (*x_CHW.shape[:-3], stream.rows, out_high, out_wide))
+    if out.numel():
+        images = x_CHW.shape[0] if x_CHW.dim() == 4 else 1
+        positions = (out_high - 1) * wide + out_wide
+        width, offsets_E = _offsets(stream, kernel, wide)
+        _launch(
+            stream, x_padded.data_ptr(), 4 * high * wide, 4 * high * wide * channels, _COLUMN_MAJOR,
+            out.data_ptr(), 4 * out_high * out_wide, 4 * out_high * out_wide * stream.rows, _LINES,
+            images, positions, bias_M, code,
+            index=(offsets_E.data_ptr(), 4), copy_width=width, depth=channels, line=wide, kept=out_wide,
+        )  # fmt: skip
+    return out
+
+
+def _offsets(stream: Stream, kernel: tuple[int, int], wide: int) -> tuple[int, Tensor]:
+    """Floats per channel of a panel with its halo, and the offset of every entry into such a panel; kept."""
+    known = stream.offsets_by_geometry
+    if (found := known.get((kernel, wide))) is None:
+        kh, kw = kernel
+        _kernel(stream.g, 4)
+        width = -(-(_widest[stream.g] * lanes() + (kh - 1) * wide + kw - 1) // lanes()) * lanes()
+        column_E = stream.indices_E.to(torch.int32)
+        place_E = column_E % (kh * kw)
+        offsets_E = (column_E // (kh * kw)) * width + (place_E // kw) * wide + place_E % kw
+        found = known[kernel, wide] = width, offsets_E.to(torch.int32).contiguous()
+    return found

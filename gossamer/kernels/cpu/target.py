@@ -1,0 +1,75 @@
+"""What this processor can do: features, lanes of one vector register, and which kernels can run.
+
+The same answer must be given here and to Numba's code generator, so both read NUMBA_CPU_FEATURES and NUMBA_CPU_NAME.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+_BASELINE = {"spmm", "spmm_columns", "spmm_conv"}
+_BITMASK_NEEDS = {
+    "bitmask": ("avx512f", "avx512vl"),
+    "bitmask_float32": ("avx512f", "avx512vl"),
+    "bitmask_bfloat16": ("avx512f", "avx512bw", "avx512vl", "avx512vbmi2"),
+}
+
+
+@functools.cache
+def features() -> frozenset[str]:
+    """Names of the instruction sets that generated code may use, as LLVM spells them."""
+    named = os.environ.get("NUMBA_CPU_FEATURES")
+    if named is not None:
+        return frozenset(part[1:] for part in named.split(",") if part.startswith("+")) | _implied()
+    from llvmlite import binding
+
+    return frozenset(name for name, on in binding.get_host_cpu_features().items() if on)
+
+
+def _implied() -> frozenset[str]:
+    """Features that a CPU name brings by itself when the feature list is overridden."""
+    name = os.environ.get("NUMBA_CPU_NAME", "generic")
+    avx2 = frozenset({"avx", "avx2", "fma"})
+    return {"haswell": avx2, "skylake": avx2, "znver2": avx2, "znver3": avx2}.get(name, frozenset())
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The processor's name in LLVM, for example "znver5"."""
+    named = os.environ.get("NUMBA_CPU_NAME")
+    if named and named != "host":
+        return named
+    from llvmlite import binding
+
+    return binding.get_host_cpu_name() or "generic"
+
+
+@functools.cache
+def lanes() -> int:
+    """Float32 lanes of one vector register: 16 (AVX-512), 8 (AVX2 with fma) or 4 (NEON, SSE)."""
+    if "avx512f" in features():
+        return 16
+    return 8 if {"avx2", "fma"} <= features() else 4
+
+
+def supports(kernel_name: str) -> str | None:
+    """Say why a kernel cannot run here; None when it can.
+
+    Args:
+        kernel_name: "spmm", "spmm_columns", "spmm_conv", "bitmask", "bitmask_float32" or "bitmask_bfloat16".
+
+    Example:
+        >>> supports("spmm") is None
+        True
+    """
+    if kernel_name in _BASELINE:
+        return None
+    if kernel_name not in _BITMASK_NEEDS:
+        from gossamer.core.errors import unknown
+
+        raise unknown("CPU kernel", kernel_name, _BASELINE | _BITMASK_NEEDS.keys())
+    missing = [name for name in _BITMASK_NEEDS[kernel_name] if name not in features()]
+    if not missing:
+        return None
+    return f"{kernel_name} expands masked loads with {', '.join(missing)}, which {cpu_name()} does not have"
