@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from statistics import NormalDist
 from typing import Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from .errors import BudgetError
 from .schedule import Schedule, at
 
 B = TypeVar("B", bound="Budget")
+_NUMPY_PARTITIONS = (torch.float32, torch.float64)
 
 
 @runtime_checkable
@@ -126,23 +128,31 @@ def top(s_RC: Tensor, k: int) -> Tensor:
         return torch.zeros_like(s_RC, dtype=torch.bool)
     if size <= 8 and pools > 1:
         return _top_of_few(s_RC, k)
-    kth_R1 = s_RC.kthvalue(size - k + 1, dim=1, keepdim=True).values
+    kth_R1 = _kth(s_RC, size - k + 1)
     above_RC = s_RC > kth_R1
     tied_RC = (s_RC == kth_R1) & (kth_R1 != -math.inf)
     room_R1 = k - above_RC.sum(1, keepdim=True)
     return above_RC | (tied_RC & (tied_RC.cumsum(1, dtype=torch.int32) <= room_R1))
 
 
+def _kth(s_RC: Tensor, k: int) -> Tensor:
+    """The k-th lowest of each row, [R, 1]. On the CPU NumPy's vectorised partition is many times faster."""
+    if s_RC.device.type != "cpu" or torch.compiler.is_compiling() or s_RC.dtype not in _NUMPY_PARTITIONS:
+        return s_RC.kthvalue(k, dim=1, keepdim=True).values
+    part_RC = np.partition(s_RC.detach().numpy(), k - 1, axis=1)
+    return torch.from_numpy(part_RC[:, k - 1 : k].copy())
+
+
 def _top_of_few(s_RC: Tensor, k: int) -> Tensor:
     """Rank by counting who beats whom: for pools of a few entries this is faster than any partial sort."""
     s_CR = s_RC.t().contiguous()
-    beaten_CR = torch.zeros(s_CR.shape, dtype=torch.int8, device=s_RC.device)
-    for i in range(len(s_CR)):
-        for j in range(i + 1, len(s_CR)):
-            later_wins_R = s_CR[j] > s_CR[i]
-            beaten_CR[i] += later_wins_R
-            beaten_CR[j] += ~later_wins_R
-    return ((beaten_CR < k) & (s_CR != -math.inf)).t()
+    size = len(s_CR)
+    rank_CR = torch.arange(size, dtype=torch.int8, device=s_RC.device)[:, None].repeat(1, s_CR.shape[1])
+    for gap in range(1, size):
+        later_wins = (s_CR[gap:] > s_CR[:-gap]).to(torch.int8)
+        rank_CR[:-gap] += later_wins
+        rank_CR[gap:] -= later_wins
+    return ((rank_CR < k) & (s_CR != -math.inf)).t()
 
 
 def keep(k: int | Schedule) -> Keep:

@@ -22,7 +22,7 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class _Span:
+class Span:
     """From `start` to `end` between steps `begin` and `begin + steps`; flat before and after.
 
     Args:
@@ -49,25 +49,25 @@ class _Span:
         return self.start + (self.end - self.start) * t
 
 
-class Linear(_Span):
+class Linear(Span):
     """start + (end − start)·t."""
 
 
-class Cubic(_Span):
+class Cubic(Span):
     """end + (start − end)·(1 − t)³: fast first, slow last. Zhu & Gupta, arXiv:1710.01878."""
 
     def shape(self, t: float) -> float:
         return self.end + (self.start - self.end) * (1.0 - t) ** 3
 
 
-class Cosine(_Span):
+class Cosine(Span):
     """end + (start − end)·(1 + cos πt)/2."""
 
     def shape(self, t: float) -> float:
         return self.end + (self.start - self.end) * (1.0 + math.cos(math.pi * t)) / 2.0
 
 
-class Exponential(_Span):
+class Exponential(Span):
     """start·(end/start)^t: a constant ratio per step.
 
     Raises:

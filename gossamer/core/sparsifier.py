@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .budget import Budget, Density, Keep, count
-from .errors import BudgetError, NonFiniteError
+from .budget import Budget, Density, Keep, count, resolve
+from .errors import BudgetError, NonFiniteError, PatternError
 from .pattern import Pattern
 from .policy import OneShot, Policy
-from .schedule import Schedule
+from .schedule import Schedule, Span
 from .select import select
 from .shrink import Shrink, hard
 from .support import Support
@@ -53,20 +53,27 @@ class Sparsifier:
 
         Raises:
             NonFiniteError: the weight holds NaN or infinity; repair or reload it.
+            PatternError: `within` was given to a solver, which chooses its own support.
         """
         require_finite(w, "the weight")
         if self.solve is not None:
-            return self.solve(w, stats, self.pattern, self.budget)
+            if within is not None:
+                raise PatternError(
+                    f"{self.name or 'this solver'} cannot choose within a given support; leave within= out"
+                )
+            return self.solve(w, stats, self.pattern, resolve(self.budget, step))
         support = select(self.score(w, stats), self.pattern, self.budget, within=within, step=step)
         return self.shrink(w, support), support
 
     def at_density(self, density: float) -> Sparsifier:
-        """The same sparsifier with another density (used when an allocation sets it per layer).
+        """The same sparsifier with another density, at the end of its schedule if it has one (for allocations).
 
         Raises:
             BudgetError: the pattern fixes its own density, as 2:4 does.
         """
-        return replace(self, budget=budget_for(self.pattern, density))
+        ramp = self.budget.d if isinstance(self.budget, Density) else None
+        target = replace(ramp, end=density) if isinstance(ramp, Span) else density
+        return replace(self, budget=budget_for(self.pattern, target))
 
 
 def require_finite(w: Tensor, what: str) -> None:
@@ -78,13 +85,14 @@ def require_finite(w: Tensor, what: str) -> None:
         )
 
 
-def budget_for(pattern: Pattern, density: float | Schedule | None) -> Budget:
-    """`Keep(N)` where the pattern's name fixes N, else `Density(density)`.
+def budget_for(pattern: Pattern, density: float | Schedule | None, *, default: float | None = None) -> Budget:
+    """`Keep(N)` where the pattern's name fixes N, else `Density(density)`, or `Density(default)` if none was given.
 
     Raises:
         BudgetError: no density given and the pattern fixes none, or both are given and disagree.
     """
     if pattern.kept is None:
+        density = default if density is None else density
         if density is None:
             raise BudgetError(f"pattern {str(pattern)!r} does not fix a density; pass density= (the fraction kept)")
         return Density(density)
