@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import linear
 
 from gossamer.formats import CSR, NM, Bitmask, Block, Dense, Format, RowGrouped
 from gossamer.kernels.dispatch import Call, kernel
@@ -42,7 +42,7 @@ class Linear:
         return cls(call.fmt)
 
     def run(self, x_TK: Tensor, bias_M: Tensor | None, activation: str) -> Tensor:
-        return activate(F.linear(x_TK, self.fmt.values, bias_M), activation)
+        return activate(linear(x_TK, self.fmt.values, bias_M), activation)
 
     def laid_out(self) -> tuple[Tensor, ...]:
         return ()
@@ -96,7 +96,7 @@ def _disagreement(dtype: torch.dtype) -> str | None:
     w_MK, x_TK, bias_M = (torch.randn(*size, generator=generator).to(dtype) for size in ((33, 47), (5, 47), (33,)))
     packed = torch.ops.mkldnn._reorder_linear_weight(w_MK, 5)
     got = torch.ops.mkldnn._linear_pointwise(x_TK, packed, bias_M, "relu", [], "")
-    want = F.linear(x_TK.double(), w_MK.double(), bias_M.double()).relu()
+    want = linear(x_TK.double(), w_MK.double(), bias_M.double()).relu()
     # Room for one rounding of a result near 20 in the storage dtype.
     allowed = 64 * torch.finfo(dtype).eps
     worst = float((got.double() - want).abs().max())
@@ -121,7 +121,7 @@ class Unpack:
         return cls(call.fmt)
 
     def run(self, x_TK: Tensor, bias_M: Tensor | None, activation: str) -> Tensor:
-        return activate(F.linear(x_TK, self.fmt.to_dense(), bias_M), activation)
+        return activate(linear(x_TK, self.fmt.to_dense(), bias_M), activation)
 
     def laid_out(self) -> tuple[Tensor, ...]:
         return ()

@@ -117,7 +117,10 @@ class Plan:
     others: tuple[str, ...]
 
     def run(self, x_TK: Tensor, bias_M: Tensor | None = None, activation: str = "none") -> Tensor:
-        """y = act(x Wᵀ + b), x contiguous [T, K], any T."""
+        """y = act(x Wᵀ + b), x contiguous [T, K], any T; in the weight's dtype even inside autocast."""
+        if torch.is_autocast_enabled(x_TK.device.type):
+            with torch.autocast(x_TK.device.type, enabled=False):
+                return self.runner.run(x_TK, bias_M, activation)
         return self.runner.run(x_TK, bias_M, activation)
 
     @property

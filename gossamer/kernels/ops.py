@@ -1,7 +1,8 @@
 """The stored product as torch.library operators, so that compile, export and autograd see one op.
 
-`gossamer::sparse_linear(x, parts, meta, bias, activation, backend)` is y = act(x Wᵀ + b), with W given by a format's
-parts (in the format's own order) and its record as JSON. Plans are kept per values tensor and renewed when it changes.
+`gossamer::sparse_linear(x, parts, meta, bias, activation, backend, tokens)` is
+y = act(x Wᵀ + b), with W given by a format's parts (in the format's own order) and its record as JSON. Plans are
+kept per values tensor and renewed when it changes.
 
 Shapes: T tokens (any leading axes), M output rows, K input columns.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import linear
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gossamer.core.errors import FormatError
@@ -26,7 +27,8 @@ from gossamer.kernels.reference import activate
 
 LIBRARY = torch.library.Library("gossamer", "DEF")
 LIBRARY.define(
-    "sparse_linear(Tensor x, Tensor[] parts, str meta, Tensor? bias, str activation, str backend) -> Tensor",
+    "sparse_linear(Tensor x, Tensor[] parts, str meta, Tensor? bias, str activation, str backend, "
+    "int? tokens) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
@@ -37,7 +39,13 @@ LIBRARY.define(
 
 
 def sparse_linear(
-    x: Tensor, fmt: Format, bias_M: Tensor | None = None, *, activation: str = "none", backend: str | None = None
+    x: Tensor,
+    fmt: Format,
+    bias_M: Tensor | None = None,
+    *,
+    activation: str = "none",
+    backend: str | None = None,
+    tokens: int | None = None,
 ) -> Tensor:
     """y = act(x Wᵀ + b) through the operator: differentiable, and one node to compilers.
 
@@ -47,6 +55,7 @@ def sparse_linear(
         bias_M: added before the activation.
         activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
         backend: insist on one by name; None takes the first that serves.
+        tokens: rows of x expected per call, where known.
 
     Raises:
         FormatError: the parts disagree, or x has another width than K.
@@ -58,12 +67,14 @@ def sparse_linear(
         [[1.0, 1.0]]
     """
     parts = list(fmt.parts().values())
-    return torch.ops.gossamer.sparse_linear(x, parts, record(fmt), bias_M, activation, backend or "")
+    return torch.ops.gossamer.sparse_linear(x, parts, record(fmt), bias_M, activation, backend or "", tokens)
 
 
 def record(fmt: Format) -> str:
-    """A format's record as the operators take it."""
-    return json.dumps(fmt.meta(), sort_keys=True)
+    """A format's record as the operators take it: `meta()` in JSON."""
+    # Written by hand, because compilers cannot trace json's encoder.
+    options = "".join(f', "{name}": {getattr(fmt, name)}' for name in fmt.OPTIONS)
+    return f'{{"format": "{fmt.name}"{options}}}'
 
 
 @lru_cache(maxsize=4096)
@@ -95,30 +106,43 @@ class _Kept:
 _PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _state(parts: Sequence[Tensor], meta: str, backend: str) -> tuple:
-    """Changes whenever a part is swapped, moved or written to."""
+def _state(parts: Sequence[Tensor], *asked: object) -> tuple:
+    """Changes whenever a part is swapped, moved or written to, or something else is asked for."""
     seen = tuple((part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts)
-    return seen, meta, backend
+    return seen, asked
 
 
-def _plan(parts: Sequence[Tensor], meta: str, backend: str) -> Plan:
-    named = _named(parts, meta)
-    state = _state(parts, meta, backend)
+def plan_for(parts: Sequence[Tensor], meta: str, *, backend: str, tokens: int | None, trusted: bool = False) -> Plan:
+    """The plan kept for these parts, made afresh when they changed. Trusted parts are not checked again."""
+    named, state = _named(parts, meta), _state(parts, meta, backend, tokens)
     found = _PLANS.get(named["values"])
     if found is None or found.state != state:
         # Aliases, so that the kept plan does not keep its own key alive.
-        fmt = format_from(_meta(meta), {name: part.detach() for name, part in named.items()})
-        found = _Kept(state, resolve(fmt, backend=backend or None))
+        aliases = {name: part.detach() for name, part in named.items()}
+        fmt = _unchecked(aliases, meta) if trusted else format_from(_meta(meta), aliases)
+        found = _Kept(state, resolve(fmt, tokens=tokens, backend=backend or None))
         _PLANS[named["values"]] = found
     return found.plan
 
 
-def _forward(x: Tensor, parts: list[Tensor], meta: str, bias: Tensor | None, activation: str, backend: str) -> Tensor:
-    plan = _plan(parts, meta, backend)
+def _unchecked(parts: dict[str, Tensor], meta: str) -> Format:
+    options = {key: value for key, value in _meta(meta).items() if key != "format"}
+    return format_named(_meta(meta)["format"])(**options, **parts)
+
+
+def _forward(
+    x: Tensor, parts: list[Tensor], meta: str, bias: Tensor | None, activation: str, backend: str, tokens: int | None
+) -> Tensor:
+    plan = plan_for(parts, meta, backend=backend, tokens=tokens)
+    check_input(x, plan.call.fmt.cols, plan.call)
+    return run_over(plan, x, bias, activation)
+
+
+def run_over(plan: Plan, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """Run a plan over any leading axes."""
     rows, cols = plan.call.fmt.shape
-    check_input(x, cols, plan.call)
-    y_TM = plan.run(x.reshape(-1, cols).contiguous(), bias, activation)
-    return y_TM.view(*x.shape[:-1], rows)
+    lead = x.shape[:-1]
+    return plan.run(x.reshape(lead.numel(), cols).contiguous(), bias, activation).view(*lead, rows)
 
 
 def check_input(x: Tensor, cols: int, like) -> None:
@@ -132,7 +156,7 @@ def check_input(x: Tensor, cols: int, like) -> None:
         )
 
 
-def _fake(x, parts, meta, bias, activation, backend):
+def _fake(x, parts, meta, bias, activation, backend, tokens):
     rows, cols = _meta(meta)["rows"], _meta(meta)["cols"]
     if not x.dim() or x.shape[-1] != cols:
         raise width_error(x, cols)
@@ -150,11 +174,9 @@ def _backward(
     need_values: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    named, rows_cols = _named(parts, meta), (_meta(meta)["rows"], _meta(meta)["cols"])
-    options = {key: value for key, value in _meta(meta).items() if key != "format"}
-    fmt = format_named(_meta(meta)["format"])(**options, **{name: part.detach() for name, part in named.items()})
-    w_MK = fmt.to_dense()
-    x_TK, grad_TM = x.reshape(-1, rows_cols[1]), grad.reshape(-1, rows_cols[0])
+    fmt = _unchecked({name: part.detach() for name, part in _named(parts, meta).items()}, meta)
+    w_MK, tokens = fmt.to_dense(), x.shape[:-1].numel()
+    x_TK, grad_TM = x.reshape(tokens, fmt.cols), grad.reshape(tokens, fmt.rows)
     dz_TM = _through_activation(grad_TM, x_TK, w_MK, bias, activation)
     none = x.new_empty(0)
     return (
@@ -169,7 +191,7 @@ def _through_activation(grad_TM: Tensor, x_TK: Tensor, w_MK: Tensor, bias: Tenso
     if activation == "none":
         return grad_TM
     with torch.enable_grad():
-        z_TM = F.linear(x_TK.detach(), w_MK, None if bias is None else bias.detach()).requires_grad_()
+        z_TM = linear(x_TK.detach(), w_MK, None if bias is None else bias.detach()).requires_grad_()
         return torch.autograd.grad(activate(z_TM, activation), z_TM, grad_TM)[0]
 
 
@@ -183,7 +205,7 @@ def _fake_backward(grad, x, parts, meta, bias, activation, need_x, need_values, 
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, parts, meta, bias, activation, _ = inputs
+    x, parts, meta, bias, activation, *_ = inputs
     ctx.save_for_backward(x, bias, *parts)
     ctx.meta, ctx.activation = meta, activation
     ctx.values_at = list(_named(parts, meta)).index("values")
@@ -197,7 +219,7 @@ def _autograd(ctx, grad):
         grad.contiguous(), x, parts, ctx.meta, bias, ctx.activation, need_x, need_values, need_bias
     )
     dparts = [dvalues if at == ctx.values_at and need_values else None for at in range(len(parts))]
-    return dx if need_x else None, dparts, None, dbias if need_bias else None, None, None
+    return dx if need_x else None, dparts, None, dbias if need_bias else None, None, None, None
 
 
 LIBRARY.impl("sparse_linear", _forward, "CompositeExplicitAutograd")

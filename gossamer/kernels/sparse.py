@@ -95,7 +95,7 @@ class Decode:
     def run(self, x_TK: Tensor, bias_M: Tensor | None, activation: str) -> Tensor:
         if not 1 <= x_TK.shape[0] <= MOST_DECODE_TOKENS:
             return Unpack(self.fmt).run(x_TK, bias_M, activation)
-        fmt = self.fmt
+        fmt, bias_M = self.fmt, None if bias_M is None else bias_M.float()
         return self.product(fmt.bits, fmt.offsets, fmt.values, fmt.rows, fmt.cols, x_TK, bias_M, activation)
 
     def laid_out(self) -> tuple[Tensor, ...]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import FormatError
 from gossamer.formats import Format, format_named
-from gossamer.kernels.dispatch import Plan, explain, resolve
-from gossamer.kernels.ops import check_input, record
+from gossamer.kernels.dispatch import Plan, explain
+from gossamer.kernels.ops import check_input, plan_for, record, run_over
 from gossamer.kernels.reference import activation_named
 
 # A format class, its name, a stored weight, or any function from a dense weight to a stored one.
@@ -64,11 +64,13 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = fmt.shape
         self.activation, self.backend, self.tokens = activation_named(activation), backend, tokens
         self.transposed = False
-        self._record, self._like = record(fmt), fmt.with_parts(_hollow(fmt))
+        self._record, self._like, self._names = record(fmt), fmt.with_parts(_hollow(fmt)), fmt.PARTS
         for name, part in fmt.parts().items():
             self.register_buffer(name, part)
         self.register_parameter("bias", bias if bias is None else _parameter(bias))
         self._plan: Plan | None = None
+        # Parts that came from a file are checked before a kernel trusts their indices.
+        self._trusted = True
 
     @classmethod
     def from_linear(
@@ -104,7 +106,7 @@ class PackedLinear(nn.Module):
     @property
     def fmt(self) -> Format:
         """The stored weight, over the layer's own buffers."""
-        return self._like.with_parts({name: getattr(self, name) for name in self._like.PARTS})
+        return self._like.with_parts(dict(zip(self._names, self._parts())))
 
     @property
     def weight(self) -> Tensor:
@@ -124,12 +126,11 @@ class PackedLinear(nn.Module):
     @property
     def plan(self) -> Plan:
         """The kernel that runs this layer; chosen now if it was not yet."""
-        plan = self._plan
-        if plan is None:
-            fmt = self.fmt
-            detached = fmt.with_parts({name: part.detach() for name, part in fmt.parts().items()})
-            plan = self._plan = resolve(detached, tokens=self.tokens, backend=self.backend)
-        return plan
+        if self._plan is None:
+            self._plan = plan_for(
+                self._parts(), self._record, backend=self.backend or "", tokens=self.tokens, trusted=self._trusted
+            )
+        return self._plan
 
     def explain(self) -> str:
         """Say which kernel runs, and why not the others."""
@@ -151,19 +152,20 @@ class PackedLinear(nn.Module):
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._as_operator(x):
-            parts = [getattr(self, name) for name in self._like.PARTS]
+        if x.dtype is not self.values.dtype:
+            x = _autocast(x, self.values.dtype)
+        if self.as_operator(x):
             return torch.ops.gossamer.sparse_linear(
-                _autocast(x, self.values.dtype), parts, self._record, self.bias, self.activation, self.backend or ""
+                x, self._parts(), self._record, self.bias, self.activation, self.backend or "", self.tokens
             )
         plan = self._plan or self.plan
-        if x.dtype is not plan.call.dtype:
-            x = _autocast(x, plan.call.dtype)
         check_input(x, self.in_features, plan.call)
-        y_TM = plan.runner.run(x.reshape(-1, self.in_features).contiguous(), self.bias, self.activation)
-        return y_TM.view(*x.shape[:-1], self.out_features)
+        return run_over(plan, x, self.bias, self.activation)
 
-    def _as_operator(self, x: Tensor) -> bool:
+    def _parts(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._names]
+
+    def as_operator(self, x: Tensor) -> bool:
         """Whether something other than plain inference looks on: a compiler, a subclass, autograd, meta tensors."""
         if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta:
             return True
@@ -173,12 +175,13 @@ class PackedLinear(nn.Module):
         return x.requires_grad or self.values.requires_grad or (bias is not None and bias.requires_grad)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
         self._plan = None
-        return super()._apply(fn, recurse)
+        return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._plan = None
         super()._load_from_state_dict(*args)
+        self._plan, self._trusted = None, False
 
     def __getstate__(self) -> dict[str, Any]:
         # A plan may hold memory that only its library can copy; it is made again on first use.
