@@ -287,30 +287,32 @@ def transpose(typing, lanes, ragged, finish, source, source_row, rows, cols, tar
 
 
 @intrinsic(prefer_literal=True)
-def finish_row(typing, lanes, code, source, target, count, bias):
-    """target[i] = activation(source[i] + bias[0]) for `count` floats; source and target may be the same row."""
-    L, act = lanes.literal_value, code.literal_value
+def finish_row(typing, lanes, code, spread, source, target, count, bias):
+    """target[i] = activation(source[i] + bias[i if spread else 0]) for `count` floats; both may be the same row."""
+    L, act, per_lane = lanes.literal_value, code.literal_value, spread.literal_value
 
     def gen(ctx, b, sig, args):
-        _, _, source, target, count, bias = args
+        source, target, count, bias = args[3:]
         kind = ir.VectorType(_F32, L)
-        shift = _splat(b, _load(b, bias, _F32, 4), L)
+        shift = None if per_lane else _splat(b, _load(b, bias, _F32, 4), L)
 
-        def done(x):
+        def done(x, shift):
             return activations.emit(Vector(b, L), act, b.fadd(x, shift))
 
         loop = _Loop(b, _n(0), count, L, [])
         offset = b.mul(loop.i, _n(4))
-        _store(b, done(_load(b, b.add(source, offset), kind, 4)), b.add(target, offset), 4)
+        add = _load(b, b.add(bias, offset), kind, 4) if per_lane else shift
+        _store(b, done(_load(b, b.add(source, offset), kind, 4), add), b.add(target, offset), 4)
         loop.close([])
         rest = b.sub(count, loop.i)
         with b.if_then(b.icmp_signed(">", rest, _n(0))):
             mask, offset = _lane_mask(b, rest, L), b.mul(loop.i, _n(4))
+            add = _masked_load(b, b.add(bias, offset), mask, L) if per_lane else shift
             x = _masked_load(b, b.add(source, offset), mask, L)
-            _masked_store(b, done(x), b.add(target, offset), mask, L)
+            _masked_store(b, done(x, add), b.add(target, offset), mask, L)
         return ctx.get_dummy_value()
 
-    return types.void(lanes, code, *[_int] * 4), gen
+    return types.void(lanes, code, spread, *[_int] * 4), gen
 
 
 @intrinsic(prefer_literal=True)
@@ -333,3 +335,77 @@ def copy_row(typing, lanes, source, target, count, width):
         return ctx.get_dummy_value()
 
     return types.void(lanes, *[_int] * 4), gen
+
+
+def _bf16_to_f32(b, x, lanes: int):
+    """A bfloat16 is the upper half of a float32."""
+    wide = ir.VectorType(_I32, lanes)
+    shift = ir.Constant(wide, [16] * lanes)
+    return b.bitcast(b.shl(b.zext(x, wide), shift), ir.VectorType(_F32, lanes))
+
+
+@intrinsic
+def widen_row(typing, source, target, count):
+    """target[:count] = float32(source[:count]) for bfloat16 numbers, one at a time: rows are short."""
+
+    def gen(ctx, b, sig, args):
+        source, target, count = args
+        loop = _Loop(b, _n(0), count, 1, [])
+        raw = _load(b, b.add(source, b.mul(loop.i, _n(2))), _I16, 2)
+        bits = b.shl(b.zext(raw, _I32), ir.Constant(_I32, 16))
+        _store(b, bits, b.add(target, b.mul(loop.i, _n(4))), 4)
+        loop.close([])
+        return ctx.get_dummy_value()
+
+    return types.void(*[_int] * 3), gen
+
+
+@intrinsic(prefer_literal=True)
+def bitmask_rows(typing, rows, tokens, value_bytes, bits, bits_row, offsets, values, x, x_row, words, y, y_row):
+    """y[t, r] = sum over kept columns k of weight[r, k] * x[t, k], for a few rows and tokens at once.
+
+    A step takes 16 columns: their mask spreads the next packed values over lanes, and the count of its bits moves on.
+    Sixteen values are loaded whatever the mask (the format pads for it) and spread in the register: spreading while
+    loading measured 1.4 to 1.7 times slower.
+    Columns that are not kept are masked out of the sum too, so an infinity there does not spread.
+    """
+    R, T, B = rows.literal_value, tokens.literal_value, value_bytes.literal_value
+    L = 16
+    kind, bits_kind = ir.VectorType(_F32, L), ir.VectorType(_I1, L)
+    raw = kind if B == 4 else ir.VectorType(_I16, L)
+
+    def gen(ctx, b, sig, args):
+        bits, bits_row, offsets, values, x, x_row, words, y, y_row = args[3:]
+        fma = _declare(b, "llvm.fma.v16f32", kind, kind, kind, kind)
+        expand = _declare(b, "llvm.x86.avx512.mask.expand.v16f32", kind, kind, kind, bits_kind)
+        count = _declare(b, "llvm.ctpop.i64", _I64, _I64)
+        total = _declare(b, "llvm.vector.reduce.fadd.v16f32", _F32, _F32, kind)
+        places = []
+        for r in range(R):
+            offset = b.sext(_load(b, b.add(offsets, _n(4 * r)), _I32, 4), _I64)
+            places.append(b.add(values, b.mul(offset, _n(B))))
+        masks = [b.add(bits, b.mul(bits_row, _n(r))) for r in range(R)]
+        loop = _Loop(b, _n(0), words, 1, places + [ir.Constant(kind, None)] * (R * T))
+        places, sums = loop.values[:R], list(loop.values[R:])
+        at = b.add(x, b.mul(loop.i, _n(4 * L)))
+        xs = [_load(b, b.add(at, b.mul(x_row, _n(t))), kind, 4) for t in range(T)]
+        moved = []
+        for r in range(R):
+            word = _load(b, b.add(masks[r], b.mul(loop.i, _n(2))), _I16, 2)
+            mask = b.bitcast(word, bits_kind)
+            packed = _load(b, places[r], raw, B)
+            packed = packed if B == 4 else _bf16_to_f32(b, packed, L)
+            w = b.call(expand, [packed, ir.Constant(kind, None), mask])
+            for t in range(T):
+                old = sums[r * T + t]
+                sums[r * T + t] = b.select(mask, b.call(fma, [w, xs[t], old]), old)
+            moved.append(b.add(places[r], b.mul(b.call(count, [b.zext(word, _I64)]), _n(B))))
+        sums = loop.close(moved + sums)[R:]
+        for r in range(R):
+            for t in range(T):
+                # `reassoc` lets the sixteen lanes be added as a tree.
+                scalar = b.call(total, [ir.Constant(_F32, -0.0), sums[r * T + t]], fastmath=("reassoc",))
+                _store(b, scalar, b.add(b.add(y, b.mul(y_row, _n(t))), _n(4 * r)), 4)
+        return ctx.get_dummy_value()
+
+    return types.void(rows, tokens, value_bytes, *[_int] * 9), gen

@@ -54,15 +54,15 @@ def pack_columns(x, x_row, tokens, cols, panel, width):
 def finish(source, target, count, bias, code):
     """One row of sums through bias and activation."""
     if code == 0:
-        finish_row(LANES, NONE, source, target, count, bias)
+        finish_row(LANES, NONE, 0, source, target, count, bias)
     elif code == 1:
-        finish_row(LANES, RELU, source, target, count, bias)
+        finish_row(LANES, RELU, 0, source, target, count, bias)
     elif code == 2:
-        finish_row(LANES, GELU, source, target, count, bias)
+        finish_row(LANES, GELU, 0, source, target, count, bias)
     elif code == 3:
-        finish_row(LANES, GELU_TANH, source, target, count, bias)
+        finish_row(LANES, GELU_TANH, 0, source, target, count, bias)
     else:
-        finish_row(LANES, SILU, source, target, count, bias)
+        finish_row(LANES, SILU, 0, source, target, count, bias)
 
 
 @helper

@@ -5,9 +5,7 @@ Shapes: T tokens, K inputs, M outputs, N columns (pixels), C channels, H and W i
 
 from __future__ import annotations
 
-import ctypes
 import struct
-import threading
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +15,11 @@ from torch import Tensor
 from gossamer.core.errors import FormatError, unknown
 from gossamer.kernels.cpu.stream import GROUPS, Stream
 from gossamer.kernels.cpu.target import lanes
+from gossamer.kernels.cpu.workplace import workplace
 
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 _ROW_MAJOR, _COLUMN_MAJOR, _PANEL_MAJOR, _LINES = range(4)
-_FIELDS = 36
-_pack_into = struct.Struct(f"={_FIELDS}q").pack_into
+_pack_into = struct.Struct("=36q").pack_into
 
 # Constants whose addresses kernels receive: a zero bias, and the lower bounds "none" and "relu".
 _ZEROS = torch.zeros(16)
@@ -29,25 +27,6 @@ _BOUNDS = torch.tensor([-torch.inf, 0.0])
 _ZERO_AT, _BOUND_AT = _ZEROS.data_ptr(), _BOUNDS.data_ptr()
 
 
-class _Workplace(threading.local):
-    """Argument block and scratch memory of one calling thread, so that callers never share any."""
-
-    def __init__(self):
-        self.args = (ctypes.c_int64 * _FIELDS)()
-        self.args_at = ctypes.addressof(self.args)
-        self.scratch = torch.empty(0)
-        self.scratch_at = self.scratch_bytes = 0
-
-    def scratch_of(self, wanted: int) -> int:
-        """Address of at least `wanted` bytes on a 64-byte boundary."""
-        if wanted > self.scratch_bytes:
-            self.scratch = torch.empty(wanted // 4 + 16)
-            self.scratch_at = -(-self.scratch.data_ptr() // 64) * 64
-            self.scratch_bytes = wanted
-        return self.scratch_at
-
-
-_workplace = _Workplace()
 _kernels: dict[tuple[int, int], object] = {}
 _widest: dict[int, int] = {}
 
@@ -135,7 +114,7 @@ def _launch(
     hold = 64 * _lanes * wide if stream.blocks > 1 else 0
     each = packed + max(64 * _lanes * wide, hold * -(-batches // chunks)) + 64
     threads = min(threads, tasks)
-    place = _workplace
+    place = workplace
     scratch = place.scratch_of(each * threads)
     _pack_into(
         place.args, 0,
@@ -148,14 +127,14 @@ def _launch(
     entry.run(place.args_at, threads)
 
 
-def _code(activation: str) -> int:
+def activation_code(activation: str) -> int:
     code = ACTIVATIONS.get(activation)
     if code is None:
         raise unknown("activation", activation, ACTIVATIONS)
     return code
 
 
-def _need_floats(name: str, tensor: Tensor, shape: str, fits: bool) -> None:
+def need_floats(name: str, tensor: Tensor, shape: str, fits: bool) -> None:
     if tensor.dtype is not torch.float32 or not fits or not tensor.is_contiguous() or tensor.is_cuda:
         raise FormatError(
             f"{name} must be a contiguous float32 CPU tensor {shape}, got {tensor.dtype} {tuple(tensor.shape)} "
@@ -165,13 +144,13 @@ def _need_floats(name: str, tensor: Tensor, shape: str, fits: bool) -> None:
 
 def _bias(stream: Stream, bias_M: Tensor | None) -> None:
     if bias_M is not None:
-        _need_floats("bias", bias_M, f"[{stream.rows}]", bias_M.shape == (stream.rows,))
+        need_floats("bias", bias_M, f"[{stream.rows}]", bias_M.shape == (stream.rows,))
 
 
 def _output(out: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     if out is None:
         return torch.empty(shape)
-    _need_floats("out", out, str(list(shape)), tuple(out.shape) == shape)
+    need_floats("out", out, str(list(shape)), tuple(out.shape) == shape)
     return out
 
 
@@ -198,7 +177,7 @@ def spmm(
     Example:
         >>> y = spmm(weights, torch.randn(12, 384), activation="relu")
     """
-    code = _code(activation)
+    code = activation_code(activation)
     _bias(stream, bias_M)
     x_at, x_row, x_kind, tokens = _input(stream, x_TK)
     if out is None and x_kind == _PANEL_MAJOR:
@@ -218,9 +197,9 @@ def _input(stream: Stream, x_TK: Tensor | Panels) -> tuple[int, int, int, int]:
     if isinstance(x_TK, Panels):
         data, width = x_TK.data, panel_width()
         count = -(-x_TK.tokens // width)
-        _need_floats("x", data, f"[{count}, {stream.cols}, {width}]", data.shape == (count, stream.cols, width))
+        need_floats("x", data, f"[{count}, {stream.cols}, {width}]", data.shape == (count, stream.cols, width))
         return data.data_ptr(), 4 * width, _PANEL_MAJOR, x_TK.tokens
-    _need_floats("x", x_TK, f"[T, {stream.cols}]", x_TK.dim() == 2 and x_TK.shape[1] == stream.cols)
+    need_floats("x", x_TK, f"[T, {stream.cols}]", x_TK.dim() == 2 and x_TK.shape[1] == stream.cols)
     return x_TK.data_ptr(), 4 * stream.cols, _ROW_MAJOR, x_TK.shape[0]
 
 
@@ -233,7 +212,7 @@ def empty_panels(tokens: int, features: int) -> Panels:
 def _panel_output(stream: Stream, out: Panels, tokens: int) -> tuple[int, int, int]:
     width = panel_width()
     shape = (-(-tokens // width), stream.rows, width)
-    _need_floats("out", out.data, str(list(shape)), tuple(out.data.shape) == shape and out.tokens == tokens)
+    need_floats("out", out.data, str(list(shape)), tuple(out.data.shape) == shape and out.tokens == tokens)
     return out.data.data_ptr(), 4 * width, _PANEL_MAJOR
 
 
@@ -260,9 +239,9 @@ def spmm_columns(
     Example:
         >>> y = spmm_columns(weights, image.reshape(512, 14 * 14), bias, "relu")
     """
-    code = _code(activation)
+    code = activation_code(activation)
     _bias(stream, bias_M)
-    _need_floats("x", x_KN, f"[..., {stream.cols}, N]", x_KN.dim() in (2, 3) and x_KN.shape[-2] == stream.cols)
+    need_floats("x", x_KN, f"[..., {stream.cols}, N]", x_KN.dim() in (2, 3) and x_KN.shape[-2] == stream.cols)
     count, images = x_KN.shape[-1], x_KN.shape[0] if x_KN.dim() == 3 else 1
     out = _output(out, (*x_KN.shape[:-2], stream.rows, count))
     if out.numel():
@@ -300,12 +279,12 @@ def spmm_conv(
     Example:
         >>> y = spmm_conv(weights, image, (3, 3), (1, 1), bias, "relu")
     """
-    code = _code(activation)
+    code = activation_code(activation)
     _bias(stream, bias_M)
     (kh, kw), (ph, pw) = kernel, padding
     channels, rest = divmod(stream.cols, kh * kw)
     fits = x_CHW.dim() in (3, 4) and rest == 0 and x_CHW.shape[-3] == channels
-    _need_floats("x", x_CHW, f"[..., {stream.cols}/({kh}*{kw}), H, W]", fits)
+    need_floats("x", x_CHW, f"[..., {stream.cols}/({kh}*{kw}), H, W]", fits)
     x_padded = F.pad(x_CHW, (pw, pw, ph, ph)) if ph or pw else x_CHW
     high, wide = x_padded.shape[-2:]
     out_high, out_wide = high - kh + 1, wide - kw + 1

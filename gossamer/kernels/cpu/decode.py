@@ -1,0 +1,131 @@
+"""One-token decode on the CPU: weights as a bitmask with packed values, streamed once per call.
+
+Shapes: T tokens (few), K inputs, M outputs, B mask bytes of a row.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from gossamer.core.errors import DispatchError, FormatError
+from gossamer.kernels.cpu.spmm import activation_code, need_floats
+from gossamer.kernels.cpu.target import supports
+from gossamer.kernels.cpu.workplace import workplace
+
+MOST_TOKENS = 8
+_pack_into = struct.Struct("=19q").pack_into
+_kernels: dict[tuple[int, int], object] = {}
+_zero_bias: dict[int, Tensor] = {}
+
+
+def _kernel(tokens: int, value_bytes: int):
+    """The compiled kernel; Numba is imported here, on first use."""
+    found = _kernels.get((tokens, value_bytes))
+    if found is None:
+        if reason := supports("bitmask_float32" if value_bytes == 4 else "bitmask_bfloat16"):
+            raise DispatchError(f"{reason}; use a format that spmm serves, such as CSR")
+        from gossamer.kernels.cpu import bitmask
+
+        found = _kernels[tokens, value_bytes] = bitmask.kernel(tokens, value_bytes)
+    return found
+
+
+def warm_up_decode(*, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> None:
+    """Compile every bitmask product that this processor supports."""
+    for dtype in dtypes:
+        if supports(f"bitmask_{str(dtype).removeprefix('torch.')}") is None:
+            for tokens in (1, 2, 4, 8):
+                _kernel(tokens, dtype.itemsize)
+
+
+def bitmask_matvec(
+    bits: Tensor,
+    offsets: Tensor,
+    values: Tensor,
+    rows: int,
+    cols: int,
+    x_TK: Tensor,
+    bias_M: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """Multiply a few tokens by bitmask weights: y = act(x Wᵀ + b), summed in float32.
+
+    Args:
+        bits: uint8 [M, 2 * ceil(K / 16)], bit j of a row (little bit order) keeps column j; bits past K are zero.
+        offsets: int32 [M + 1], where each row's values start.
+        values: float32 or bfloat16 [kept + 16]; the last sixteen are readable padding.
+        rows: M.
+        cols: K.
+        x_TK: float32 or bfloat16 [T, K], contiguous; more than eight tokens are taken eight at a time.
+        bias_M: float32 [M].
+        activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
+
+    Raises:
+        DispatchError: this processor has no expanding loads; use a format that `spmm` serves.
+        FormatError: a shape, dtype or layout does not fit.
+        UnknownName: no such activation.
+
+    Example:
+        >>> y = bitmask_matvec(w.bits, w.offsets, w.values, w.rows, w.cols, torch.randn(1, w.cols))
+    """
+    code = activation_code(activation)
+    _check(bits, offsets, values, rows, cols, x_TK, bias_M)
+    tokens = x_TK.shape[0]
+    y_TM = torch.empty(tokens, rows)
+    if rows:
+        bias_M = _bias_of(rows, bias_M, code)
+        for first in range(0, tokens, MOST_TOKENS):
+            last = min(tokens, first + MOST_TOKENS)
+            _launch(bits, offsets, values, rows, cols, x_TK[first:last], bias_M, code, y_TM[first:last])
+    return y_TM if x_TK.dtype is torch.float32 else y_TM.to(x_TK.dtype)
+
+
+def _bias_of(rows: int, bias_M: Tensor | None, code: int) -> Tensor | None:
+    """The kernel finishes outputs only where there is a bias, so an activation alone takes a bias of zeros."""
+    if bias_M is not None or code == 0:
+        return bias_M
+    if rows not in _zero_bias:
+        _zero_bias[rows] = torch.zeros(rows)
+    return _zero_bias[rows]
+
+
+def _check(bits, offsets, values, rows, cols, x_TK, bias_M) -> None:
+    width = 2 * -(-cols // 16)
+    if bits.dtype is not torch.uint8 or tuple(bits.shape) != (rows, width) or not bits.is_contiguous():
+        raise FormatError(f"bits must be contiguous uint8 [{rows}, {width}], got {bits.dtype} {tuple(bits.shape)}")
+    if offsets.dtype is not torch.int32 or tuple(offsets.shape) != (rows + 1,) or not offsets.is_contiguous():
+        raise FormatError(f"offsets must be int32 [{rows + 1}], got {offsets.dtype} {tuple(offsets.shape)}")
+    if values.dtype not in (torch.float32, torch.bfloat16) or values.dim() != 1 or not values.is_contiguous():
+        raise FormatError(f"values must be flat float32 or bfloat16, got {values.dtype} {tuple(values.shape)}")
+    if x_TK.dim() != 2 or x_TK.shape[1] != cols or not x_TK.is_contiguous():
+        raise FormatError(f"x must be contiguous [T, {cols}], got {tuple(x_TK.shape)}; call .contiguous()")
+    if x_TK.dtype not in (torch.float32, torch.bfloat16):
+        raise FormatError(f"x must be float32 or bfloat16, got {x_TK.dtype}; convert it")
+    if bias_M is not None:
+        need_floats("bias", bias_M, f"[{rows}]", bias_M.shape == (rows,))
+
+
+def _launch(bits, offsets, values, rows, cols, x_TK, bias_M, code, y_TM) -> None:
+    tokens, wanted = x_TK.shape[0], torch.get_num_threads()
+    padded = 1 << (tokens - 1).bit_length()
+    entry = _kernel(padded, values.element_size())
+    # Rows per task: four tasks a thread even out the load; whole cache lines of y, sixteen floats, are kept together.
+    each = (
+        max(16, min(1024, -(-rows // (4 * wanted) + 15) // 16 * 16)) if wanted > 1 else min(1024, -(-rows // 16) * 16)
+    )
+    tasks = -(-rows // each)
+    threads = min(wanted, tasks)
+    width = 16 * -(-cols // 16)
+    scratch_bytes = 4 * padded * (width + each) + 64
+    place = workplace
+    scratch = place.scratch_of(scratch_bytes * threads)
+    _pack_into(
+        place.args, 0,
+        0, 0, tasks, each, scratch, scratch_bytes, x_TK.data_ptr(), x_TK.element_size(), y_TM.data_ptr(),
+        tokens, rows, cols, bits.data_ptr(), 2 * -(-cols // 16), offsets.data_ptr(), values.data_ptr(),
+        0 if bias_M is None else bias_M.data_ptr(), code, width,
+    )  # fmt: skip
+    entry.run(place.args_at, threads)
