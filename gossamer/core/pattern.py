@@ -173,9 +173,7 @@ class Pattern:
 
     def pools(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """(number of pools R, competitors in each C, entries tied to one decision T)."""
-        placed = self.place(shape)
-        r, c, t = (math.prod(p.length for p in placed if p.role == role) for role in _ORDER)
-        return r, c, t
+        return _layout(self.expr, self.sizes, tuple(shape))[3]
 
     @property
     def pool_size(self) -> int | None:
@@ -186,18 +184,32 @@ class Pattern:
 
     def split(self, x: Tensor) -> Tensor:
         """x of any shape the pattern names → x_RCT. Law: `merge(split(x)[..., 0], x.shape) == x` if nothing is tied."""
-        placed = self.place(x.shape)
-        order = _order(placed)
-        return x.reshape([p.length for p in placed]).permute(order).reshape(self.pools(x.shape))
+        lengths, order, _, pools = _layout(self.expr, self.sizes, tuple(x.shape))
+        return x.reshape(lengths).permute(order).reshape(pools)
 
     def merge(self, u_RC: Tensor, shape: Sequence[int]) -> Tensor:
         """u_RC → `shape`, copying each decision over its tied axes."""
-        placed = self.place(shape)
-        order = _order(placed)
-        tied = self.pools(shape)[2]
-        full = u_RC.unsqueeze(-1).expand(*u_RC.shape, tied).reshape([placed[i].length for i in order])
-        back = sorted(range(len(order)), key=order.__getitem__)
+        lengths, order, back, pools = _layout(self.expr, self.sizes, tuple(shape))
+        full = u_RC.unsqueeze(-1).expand(pools).reshape([lengths[i] for i in order])
         return full.permute(back).reshape(tuple(shape))
+
+
+Layout = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, int, int]]
+
+
+@torch.compiler.assume_constant_result  # string work that torch.compile cannot trace, and need not
+def _layout(expr: str, sizes: tuple[tuple[str, int], ...], shape: tuple[int, ...]) -> Layout:
+    return _cached_layout(expr, sizes, shape)
+
+
+@lru_cache(maxsize=4096)
+def _cached_layout(expr: str, sizes: tuple[tuple[str, int], ...], shape: tuple[int, ...]) -> Layout:
+    """Axis lengths, the permutation to [repeat, compete, tied], the one back, and (R, C, T)."""
+    placed = Pattern(expr, **dict(sizes)).place(shape)
+    order = _order(placed)
+    back = sorted(range(len(order)), key=order.__getitem__)
+    r, c, t = (math.prod(p.length for p in placed if p.role == role) for role in _ORDER)
+    return tuple(p.length for p in placed), tuple(order), tuple(back), (r, c, t)
 
 
 def _order(placed: Sequence[Placed]) -> list[int]:
