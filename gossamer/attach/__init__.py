@@ -3,6 +3,6 @@
 from .calibrate import Collector, stream
 from .journal import Journal
 from .targets import Found, Target, find
-from .weights import Handle, Masked, attach
+from .weights import Handle, Masked, attach, hold
 
-__all__ = ["Collector", "Found", "Handle", "Journal", "Masked", "Target", "attach", "find", "stream"]
+__all__ = ["Collector", "Found", "Handle", "Journal", "Masked", "Target", "attach", "find", "hold", "stream"]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..core.budget import resolve
+from ..core.budget import Above, resolve
 from ..core.errors import FileDamaged, TargetError
+from ..core.pattern import Pattern
 from ..core.registry import get_method
 from ..core.select import select, select_across
 from ..core.sparsifier import Sparsifier, require_finite
@@ -176,3 +177,19 @@ def attach(
             f"method {sparsifier.name!r} needs calibration data; use gossamer.prune(model, ..., data=...)"
         )
     return Handle(model, sparsifier, find(model, tuple(targets), tuple(skip)).targets, optimizer)
+
+
+def hold(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None, skip: Iterable[str] = ()) -> Handle:
+    """Train a pruned model on without filling its zeros: the supports are the weights that are not 0 now.
+
+    Layers without zeros are left alone, so that no mask is paid for where nothing is sparse.
+
+    Raises:
+        TargetError: no weight of the model has a zero; prune it first.
+    """
+    found = find(model, ("*",), tuple(skip)).targets
+    targets = [t for t in found if bool((t.weight(model) == 0).any())]
+    if not targets:
+        raise TargetError("no prunable weight has a zero, so there is no support to hold; call gossamer.prune first")
+    zeros_stay = Sparsifier(lambda w, _: w.abs(), Pattern("[...]"), Above(0.0), name="hold")
+    return Handle(model, zeros_stay, targets, optimizer)

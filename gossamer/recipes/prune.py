@@ -230,8 +230,8 @@ class _Run:
 
     def _prune_one(self, target: Target, stats: dict[str, Tensor], began: float) -> None:
         w = target.weight(self.model).detach()
-        new, support = self.per_layer[target.name].apply(w, stats)
-        self._finish(target, new, support.count, began)
+        new, _ = self.per_layer[target.name].apply(w, stats)
+        self._finish(target, new, began)
 
     def _prune_together(self, sparsifier: Sparsifier) -> None:
         began = time.perf_counter()
@@ -240,10 +240,10 @@ class _Run:
             {t: sparsifier.score(w, {}) for t, w in weights.items()}, sparsifier.pattern, sparsifier.budget
         )
         for t, w in weights.items():
-            self._finish(t, sparsifier.shrink(w, supports[t]), supports[t].count, began)
+            self._finish(t, sparsifier.shrink(w, supports[t]), began)
             began = time.perf_counter()
 
-    def _finish(self, target: Target, new: Tensor, kept: int, began: float, resumed: bool = False) -> None:
+    def _finish(self, target: Target, new: Tensor, began: float, resumed: bool = False) -> None:
         """The weight goes into the model; the journal is written first, so what is recorded is what was computed."""
         if self.journal is not None and not resumed:
             self.journal.write(target.name, new)
@@ -252,7 +252,7 @@ class _Run:
         else:
             target.write(self.model, new)
         seconds = time.perf_counter() - began
-        self.results.append(LayerResult(target.name, tuple(new.shape), kept, seconds, resumed))
+        self.results.append(LayerResult(target.name, tuple(new.shape), int((new != 0).sum()), seconds, resumed))
         if self.progress is not None:
             self.progress(target.name, len(self.results), len(self.targets))
 
@@ -260,7 +260,7 @@ class _Run:
         if self.journal is None or not self.journal.finished(target.name):
             return False
         w = self.journal.read(target.name)
-        self._finish(target, w, int((w != 0).sum()), time.perf_counter(), resumed=True)
+        self._finish(target, w, time.perf_counter(), resumed=True)
         return True
 
     def _to_disk(self, target: Target) -> None:
