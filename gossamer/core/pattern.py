@@ -197,9 +197,13 @@ class Pattern:
 Layout = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, int, int]]
 
 
-@torch.compiler.assume_constant_result  # string work that torch.compile cannot trace, and need not
 def _layout(expr: str, sizes: tuple[tuple[str, int], ...], shape: tuple[int, ...]) -> Layout:
+    """String work that torch.compile cannot trace, and need not."""
     return _cached_layout(expr, sizes, shape)
+
+
+# All that torch.compiler.assume_constant_result does; calling it would import torch._dynamo, which takes a second.
+_layout._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=4096)
