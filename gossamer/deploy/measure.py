@@ -1,0 +1,180 @@
+"""Measure one layer: every candidate on its real shape, checked before it is timed.
+
+Shapes: T tokens, M output rows, K input columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..core.errors import DispatchError, FormatError
+from ..kernels.dispatch import Plan, resolve
+from ..kernels.reference import activate
+from .candidates import TORCH_DENSE, Candidate
+from .examples import close, difference
+from .record import Trial
+from .timing import Timing, in_turn
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a layer computes, act(x Wᵀ + b), and how often.
+
+    Args:
+        w_MK: the weight, outputs first.
+        bias_M: or None.
+        activation: applied to the result.
+        tokens: rows of x, one entry per call.
+    """
+
+    w_MK: Tensor
+    bias_M: Tensor | None
+    activation: str
+    tokens: tuple[int, ...]
+
+    @property
+    def planned_tokens(self) -> int | None:
+        """What a plan may rely on: the number of rows where all calls agree, else None."""
+        return self.tokens[0] if len(set(self.tokens)) == 1 else None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Trials of one layer, and the spread of each time in milliseconds."""
+
+    trials: tuple[Trial, ...]
+    noise: dict[str, float]
+
+
+@torch.no_grad()
+def measure(product: Product, candidates: Sequence[Candidate], repeats: int, *, cold: bool = False) -> Measured:
+    """Refuse, check, then time: a candidate whose result is off F.linear's is refused and never timed."""
+    inputs = [_input(product, t) for t in sorted(set(product.tokens))]
+    wanted = [_want(product, x) for x in inputs]
+    plans: dict[Candidate, Plan] = {}
+    refused: dict[Candidate, str] = {}
+    for candidate in dict.fromkeys(candidates):
+        try:
+            plan = resolve(candidate.build(product.w_MK), tokens=product.planned_tokens, backend=candidate.backend)
+        except (DispatchError, FormatError) as error:
+            refused[candidate] = _short(error)
+            continue
+        reason = _wrong(plan, product, inputs, wanted)
+        if reason is None:
+            plans[candidate] = plan
+        else:
+            refused[candidate] = reason
+    timings = _time(plans, product, inputs, repeats, cold)
+    trials = [Trial(str(c), timings[c].ms, memory_of(plan)) for c, plan in plans.items()]
+    trials += [Trial(str(c), None, None, reason) for c, reason in refused.items()]
+    return Measured(tuple(trials), {str(c): t.iqr for c, t in timings.items()})
+
+
+def memory_of(plan: Plan) -> int:
+    """Bytes of the stored weight and of what its kernel laid out beside it."""
+    return plan.call.fmt.nbytes + plan.extra_nbytes
+
+
+def _input(product: Product, tokens: int) -> Tensor:
+    generator = torch.Generator().manual_seed(tokens)
+    w_MK = product.w_MK
+    return torch.randn(tokens, w_MK.shape[1], generator=generator).to(w_MK.dtype).to(w_MK.device)
+
+
+def _want(product: Product, x_TK: Tensor) -> Tensor:
+    return activate(linear(x_TK, product.w_MK, product.bias_M), product.activation)
+
+
+def _wrong(plan: Plan, product: Product, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> str | None:
+    got = [plan.run(x, product.bias_M, product.activation) for x in inputs]
+    if close(got, wanted):
+        return None
+    return f"its result is off F.linear's by {difference(got, wanted):.2g} of the largest value"
+
+
+def _time(
+    plans: dict[Candidate, Plan], product: Product, inputs: Sequence[Tensor], repeats: int, cold: bool
+) -> dict[Candidate, Timing]:
+    """Times of all calls together: each distinct number of tokens is timed once and counted as often as it comes."""
+    total = dict.fromkeys(plans, Timing(0.0, 0.0))
+    for x in inputs:
+        often = product.tokens.count(x.shape[0])
+        ways = {str(c): _way(plan, product, x) for c, plan in plans.items()}
+        taken = in_turn(ways, repeats, cold=cold and x.shape[0] <= 8)
+        for c in plans:
+            one = taken[str(c)]
+            total[c] = Timing(total[c].ms + often * one.ms, total[c].iqr + often * one.iqr)
+    return total
+
+
+def _way(plan: Plan, product: Product, x_TK: Tensor):
+    return lambda: plan.run(x_TK, product.bias_M, product.activation)
+
+
+def _short(error: Exception) -> str:
+    """The reasons out of dispatch's message: its lines are "  backend/name: reason"."""
+    lines = [line.strip() for line in str(error).splitlines() if line.startswith("  ")]
+    own = [line.split(": ", 1)[-1] for line in lines if ": serves " not in line]
+    return "; ".join(own) or str(error).splitlines()[0]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The candidate that won on one layer, with the two dense times to set it against."""
+
+    winner: Trial
+    dense_ms: float
+    best_dense_ms: float
+    reason: str
+
+
+def choose(measured: Measured, allowed: Sequence[Candidate], min_gain: float, words: str, zeros: float) -> Choice:
+    """The fastest; within noise, the smallest; sparse only where it gains at least `min_gain` over the best dense.
+
+    Raises:
+        DispatchError: every allowed candidate was refused; the reasons are listed.
+    """
+    names = {str(c) for c in allowed}
+    by_name = {t.candidate: t for t in measured.trials if t.ms is not None}
+    able = [t for t in by_name.values() if t.candidate in names]
+    if not able:
+        reasons = "\n".join(f"  {t.candidate}: {t.refused}" for t in measured.trials if t.candidate in names)
+        raise DispatchError(f"none of the named candidates can run this layer:\n{reasons}")
+    dense = [t for t in by_name.values() if t.candidate.startswith("dense/")]
+    best_dense = min(dense, key=lambda t: t.ms)
+    sparse = [t for t in able if not t.candidate.startswith("dense/") and best_dense.ms >= min_gain * t.ms]
+    pool = sparse + [t for t in able if t.candidate.startswith("dense/")] or able
+    winner = _fastest(pool, measured.noise)
+    reason = _say(winner, best_dense, [t for t in by_name.values() if t not in dense], words, zeros, min_gain)
+    return Choice(winner, by_name[str(TORCH_DENSE)].ms, best_dense.ms, reason)
+
+
+def _fastest(pool: Sequence[Trial], noise: dict[str, float]) -> Trial:
+    first = min(pool, key=lambda t: t.ms)
+    # Half the distance between quartiles is a usual error of a median; 2 % is what clocks drift between rounds,
+    # and on a busy machine a spread beyond 10 % says nothing about which of two is faster.
+    limit = first.ms + min(max(0.02 * first.ms, noise[first.candidate] / 2), 0.1 * first.ms)
+    return min((t for t in pool if t.ms <= limit), key=lambda t: (t.nbytes, t.ms))
+
+
+def _say(winner: Trial, best_dense: Trial, sparse: Sequence[Trial], words: str, zeros: float, min_gain: float) -> str:
+    against = "oneDNN" if best_dense.candidate.endswith("onednn") else "torch"
+    if not winner.candidate.startswith("dense/"):
+        ratio = best_dense.ms / winner.ms
+        pace = f"{ratio:.1f}× faster than" if ratio >= 1.05 else f"{1 / ratio:.1f}× slower than"
+        pace = "as fast as" if 0.95 <= ratio < 1.05 else pace
+        return f"{words} as {winner.candidate}: {pace} dense {against}"
+    if not sparse:
+        return f"dense: {zeros:.0%} zeros, sparse formats were not tried"
+    rival = min(sparse, key=lambda t: t.ms)
+    ratio = rival.ms / winner.ms
+    if ratio < 1.0:
+        why = f"{1 / ratio:.2f}× faster only, under the gain of {min_gain:g} asked for"
+        why = "as fast within noise, and larger" if min_gain <= 1.0 else why
+        return f"dense: {rival.candidate} is {why}"
+    return f"dense: {zeros:.0%} zeros are too few here, {rival.candidate} is {ratio:.1f}× slower"

@@ -1,0 +1,98 @@
+"""Structure: what regularity the zeros of a weight have, and so which formats store it without waste.
+
+Shapes: M rows, K columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+# A kept weight may happen to be zero: a pattern counts as found when its padding stays under 5 %.
+WASTE = 1.05
+GROUPS = (8, 4, 2)
+SPANS = (4, 8, 16)
+BLOCK_ROWS = (8, 4)
+BLOCK_COLUMNS = (16, 8, 4)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One regularity, and the format that stores it.
+
+    Args:
+        name: in words, such as "4-row groups".
+        format: name of the format.
+        options: the format's own options, such as (("g", 4),).
+    """
+
+    name: str
+    format: str
+    options: tuple[tuple[str, int], ...] = ()
+
+
+def detect(w_MK: Tensor) -> tuple[Structure, ...]:
+    """Every regularity that the zeros of a weight obey, the most regular first; empty for unstructured zeros.
+
+    Example:
+        >>> w = torch.zeros(4, 8); w[:, ::3] = 1
+        >>> [s.name for s in detect(w)]
+        ['4-row groups', '2-row groups']
+    """
+    mask_MK = support_of(w_MK)
+    kept = int(mask_MK.sum())
+    if kept == mask_MK.numel():
+        return ()
+    return (*_blocks(mask_MK, kept), *_groups(mask_MK, kept), *_n_of_m(mask_MK, kept))
+
+
+def support_of(w: Tensor) -> Tensor:
+    """Where a weight is not zero. -0.0, which `weight * mask` leaves behind, is zero; NaN is not."""
+    return w.detach().contiguous() != 0
+
+
+def density_of(w: Tensor) -> float:
+    """Fraction of entries that are not zero."""
+    return float(support_of(w).sum()) / max(w.numel(), 1)
+
+
+def tile_fill(mask_MK: Tensor, a: int, b: int) -> int:
+    """Entries that the kept a x b tiles cover."""
+    rows, cols = mask_MK.shape
+    padded = pad(mask_MK, (0, -cols % b, 0, -rows % a))
+    tiles = padded.view(-(-rows // a), a, -(-cols // b), b).any(3).any(1)
+    return int(tiles.sum()) * a * b
+
+
+def _blocks(mask_MK: Tensor, kept: int) -> list[Structure]:
+    found = []
+    for a in BLOCK_ROWS:
+        if a > mask_MK.shape[0]:
+            continue
+        for b in BLOCK_COLUMNS:
+            if b <= mask_MK.shape[1] and tile_fill(mask_MK, a, b) <= WASTE * kept:
+                found.append(Structure(f"{a}x{b} blocks", "block", (("a", a), ("b", b))))
+                break
+    return found
+
+
+def _groups(mask_MK: Tensor, kept: int) -> list[Structure]:
+    return [
+        Structure(f"{g}-row groups", "rowgrouped", (("g", g),))
+        for g in GROUPS
+        if g <= mask_MK.shape[0] and tile_fill(mask_MK, g, 1) <= WASTE * kept
+    ]
+
+
+def _n_of_m(mask_MK: Tensor, kept: int) -> list[Structure]:
+    rows, cols = mask_MK.shape
+    for m in SPANS:
+        if rows == 0 or cols == 0 or cols % m:
+            continue
+        n = int(mask_MK.view(rows, cols // m, m).sum(-1, dtype=torch.int16).max())
+        if 0 < n < m and rows * cols * n <= WASTE * kept * m:
+            return [Structure(f"{n}:{m}", "nm", (("n", n), ("m", m)))]
+    return []
