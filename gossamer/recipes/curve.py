@@ -16,7 +16,8 @@ class Curve:
 
     Args:
         points: (density, loss), densest first.
-        knee: the density after which the loss rises `factor` times faster than before, or None if it never does.
+        knee: the density after which the loss rises `factor` times faster than before, or None if it never does
+            (also where it rises from the start, and there is no plateau).
         before: mean rise of the loss per unit of sparsity up to the knee.
         beyond: the same from the knee to the last point; both are 0 without a knee.
     """
@@ -55,7 +56,7 @@ def sparsity_curve(densities: Iterable[float], measure: Callable[[float], float]
 def with_knee(points: Sequence[tuple[float, float]], *, factor: float = 3.0) -> Curve:
     """The curve through measured points, with its knee.
 
-    The knee is the densest point i such that the mean slope from i to EVERY later point exceeds `factor` times the
+    The knee is the densest point i after the first such that the mean slope from i to EVERY later point exceeds `factor` times the
     plateau's slope: the mean slope up to i, or FLAT times that of the whole curve where this is more. Asking it of
     every later point keeps one noisy measurement from making a knee.
     """
@@ -63,8 +64,8 @@ def with_knee(points: Sequence[tuple[float, float]], *, factor: float = 3.0) -> 
     x = [1.0 - d for d, _ in points]
     y = [loss for _, loss in points]
     whole = (y[-1] - y[0]) / (x[-1] - x[0])
-    for i in range(len(points) - 1):
-        before = (y[i] - y[0]) / (x[i] - x[0]) if i else 0.0
+    for i in range(1, len(points) - 1):
+        before = (y[i] - y[0]) / (x[i] - x[0])
         bar = factor * max(before, FLAT * whole, 0.0)
         if all((y[j] - y[i]) / (x[j] - x[i]) > bar for j in range(i + 1, len(points))):
             return Curve(tuple(points), points[i][0], before, (y[-1] - y[i]) / (x[-1] - x[i]))
