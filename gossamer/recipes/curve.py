@@ -56,9 +56,9 @@ def sparsity_curve(densities: Iterable[float], measure: Callable[[float], float]
 def with_knee(points: Sequence[tuple[float, float]], *, factor: float = 3.0) -> Curve:
     """The curve through measured points, with its knee.
 
-    The knee is the densest point i after the first such that the mean slope from i to EVERY later point exceeds `factor` times the
-    plateau's slope: the mean slope up to i, or FLAT times that of the whole curve where this is more. Asking it of
-    every later point keeps one noisy measurement from making a knee.
+    The knee is the densest point i after the first such that the mean slope from i to EVERY later point exceeds
+    `factor` times the plateau's: the mean slope up to i, or FLAT times that of the whole curve where this is more.
+    Asking it of every later point keeps one noisy measurement from making a knee.
     """
     _check(points)
     x = [1.0 - d for d, _ in points]
