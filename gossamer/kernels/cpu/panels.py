@@ -17,15 +17,15 @@ from gossamer.kernels.cpu.threads import Entry
 
 LANES = lanes()
 # Rows whose sums are finished together, a multiple of every group size and of the lanes.
-BATCH = 16
+BATCH = 64
 
-# Byte offset of each argument in the block of int64 that a kernel receives.
+# Byte offset of each argument in the block of int64 that a kernel receives; `spmm` writes them in this order.
 (
-    SLOT, NEXT, TASKS, CHUNKS, PANELS, IMAGES, SCRATCH, SCRATCH_BYTES,
-    X, X_ROW, X_IMAGE, Y, Y_ROW, Y_IMAGE, X_KIND, Y_KIND,
-    TOKENS, ROWS, COLS, GROUPS, BLOCKS, STARTS, INDICES, VALUES,
-    BIAS, ACTIVATION, LOW, ZERO, VECTORS, COPY_WIDTH, UNIT, LINE, LINE_KEPT, SUMS, HOLD, PANEL_VECTORS,
-) = range(0, 8 * 36, 8)  # fmt: skip
+    SLOT, NEXT, SCRATCH, X, Y, BIAS,
+    TASKS, CHUNKS, PANELS, SCRATCH_BYTES, X_KIND, Y_KIND, X_ROW, X_IMAGE, Y_ROW, Y_IMAGE,
+    TOKENS, ROWS, COLS, GROUPS, BLOCKS, STARTS, INDICES, VALUES, ACTIVATION, LOW, ZERO,
+    VECTORS, PANEL_VECTORS, UNIT, COPY_WIDTH, LINE, LINE_KEPT, SUMS, HOLD,
+) = range(0, 8 * 35, 8)  # fmt: skip
 
 # How x and y lie in memory: [T, features], [features, T], panels, or [features, lines of an image].
 ROW_MAJOR, COLUMN_MAJOR, PANEL_MAJOR, LINES = range(4)
@@ -77,9 +77,10 @@ def store_rows(args, sums, sums_row, row, rows, y, tokens):
             line = sums + r * sums_row
             finish(line, line, tokens, bias + bias_step * (row + r), code)
         bias, bias_step = zero, 0
-    for r in range(0, rows, LANES):
-        add = bias + bias_step * (row + r)
-        for t in range(0, tokens, LANES):
+    # Tokens outside, rows inside: consecutive lines of a few tokens, which the memory takes better than one of many.
+    for t in range(0, tokens, LANES):
+        for r in range(0, rows, LANES):
+            add = bias + bias_step * (row + r)
             source, target = sums + r * sums_row + 4 * t, y + t * y_row + 4 * (row + r)
             if tokens - t >= LANES and rows - r >= LANES:
                 transpose(LANES, 0, 1, source, sums_row, LANES, LANES, target, y_row, LANES, add, low)
@@ -169,6 +170,7 @@ def kernel(g: int, index_bytes: int) -> Entry:
         starts, indices, values = get(args + STARTS), get(args + INDICES), get(args + VALUES)
         scratch, x_kind = get(args + SCRATCH) + slot * get(args + SCRATCH_BYTES), get(args + X_KIND)
         sums, hold = scratch + get(args + SUMS), get(args + HOLD)
+        y_kind = get(args + Y_KIND)
         vectors, copy_width, unit = get(args + VECTORS), get(args + COPY_WIDTH), get(args + UNIT)
         sums_row = 4 * L * vectors
         batches = (rows + BATCH - 1) // BATCH
@@ -181,7 +183,7 @@ def kernel(g: int, index_bytes: int) -> Entry:
             image, number = place // panels, place % panels
             all_vectors = (tokens + L - 1) // L
             v0, v1 = number * all_vectors // panels, (number + 1) * all_vectors // panels
-            if x_kind == PANEL_MAJOR or get(args + Y_KIND) == PANEL_MAJOR:
+            if x_kind == PANEL_MAJOR or y_kind == PANEL_MAJOR:
                 v0, v1 = number * vectors, min(all_vectors, (number + 1) * vectors)
             first, count = v0 * L, min(tokens, v1 * L) - v0 * L
             width = (v1 - v0) * L

@@ -19,7 +19,13 @@ from gossamer.kernels.cpu.workplace import workplace
 
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 _ROW_MAJOR, _COLUMN_MAJOR, _PANEL_MAJOR, _LINES = range(4)
-_pack_into = struct.Struct("=36q").pack_into
+# The arguments of one call come first, then those of a plan (see `panels.SLOT` and its neighbours).
+_pack_into = struct.Struct("=6q232s").pack_into
+_pack_plan = struct.Struct("=29q").pack
+# Plans kept per weight; serving many different sizes of x starts over beyond this.
+_MOST_PLANS = 128
+# Rows that a kernel finishes together (`panels.BATCH`): wide enough that y is written in runs of four cache lines.
+_BATCH = 64
 
 # Constants whose addresses kernels receive: a zero bias, and the lower bounds "none" and "relu".
 _ZEROS = torch.zeros(16)
@@ -88,43 +94,82 @@ def _chunks(places: int, batches: int, threads: int) -> int:
     return max(1, min(threads, batches))
 
 
-def _launch(
-    stream: Stream, x_at: int, x_row: int, x_image: int, x_kind: int, y_at: int, y_row: int, y_image: int,
-    y_kind: int, images: int, tokens: int, bias_M: Tensor | None, code: int, *,
-    index: tuple[int, int] | None = None, copy_width: int = 0, depth: int = 0, line: int = 0, kept: int = 0,
-) -> None:  # fmt: skip
-    """Lay out the work, fill the argument block and run. Strides are in bytes."""
+@dataclass(frozen=True)
+class _Layout:
+    """How x and y lie in memory. Strides are in bytes; a convolution copies `copy_width` floats per channel."""
+
+    tokens: int
+    x_kind: int
+    x_row: int
+    y_kind: int
+    y_row: int
+    images: int = 1
+    x_image: int = 0
+    y_image: int = 0
+    copy_width: int = 0
+    depth: int = 0
+    line: int = 0
+    line_kept: int = 0
+    offsets_E: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Work laid out for one size of x: the kernel, its fixed arguments, and what each call must bring."""
+
+    entry: object
+    threads: int
+    scratch_bytes: int
+    fixed: bytes
+    addresses: tuple[int, int, int]
+
+
+def _known(stream: Stream, key: tuple) -> _Plan | None:
+    """The plan made earlier for this size of x, unless the weights have moved in memory since."""
+    plan = stream.plans.get(key)
+    return plan if plan is not None and plan.addresses == stream.addresses else None
+
+
+def _plan(stream: Stream, key: tuple, layout: _Layout, code: int, threads: int) -> _Plan:
+    """Cut the work into tasks (images x panels x chunks of rows) and size every thread's scratch memory."""
     starts_at, indices_at, values_at = stream.addresses
     index_bytes = 2 if stream.indices_E.dtype is torch.uint16 else 4
-    if index is not None:
-        indices_at, index_bytes = index
-    entry = _kernel(stream.g, index_bytes)
-    _lanes = lanes()
-    vectors, most, threads = -(-tokens // _lanes), _widest[stream.g], torch.get_num_threads()
-    in_panels = _PANEL_MAJOR in (x_kind, y_kind)
-    panels, per_panel = -(-vectors // most), panel_width() // _lanes
-    wide = most if in_panels else -(-vectors // panels)
-    batches = -(-stream.rows // 16)
-    chunks = _chunks(panels * images, batches, threads)
-    tasks = panels * images * chunks
-    unit = 4 if copy_width else 4 * _lanes * per_panel
-    columns = depth or stream.cols
-    packed = 0 if x_kind == _PANEL_MAJOR else 4 * columns * (copy_width or _lanes * wide)
+    if layout.offsets_E is not None:
+        indices_at, index_bytes = layout.offsets_E.data_ptr(), 4
+    entry, width = _kernel(stream.g, index_bytes), lanes()
+    vectors, most = -(-layout.tokens // width), _widest[stream.g]
+    panels, per_panel = -(-vectors // most), panel_width() // width
+    wide = most if _PANEL_MAJOR in (layout.x_kind, layout.y_kind) else -(-vectors // panels)
+    batches = -(-stream.rows // _BATCH)
+    chunks = _chunks(panels * layout.images, batches, threads)
+    tasks = panels * layout.images * chunks
+    columns = layout.depth or stream.cols
+    packed = 0 if layout.x_kind == _PANEL_MAJOR else 4 * columns * (layout.copy_width or width * wide)
     packed = -(-packed // 64) * 64
-    hold = 64 * _lanes * wide if stream.blocks > 1 else 0
-    each = packed + max(64 * _lanes * wide, hold * -(-batches // chunks)) + 64
-    threads = min(threads, tasks)
-    place = workplace
-    scratch = place.scratch_of(each * threads)
-    _pack_into(
-        place.args, 0,
-        0, 0, tasks, chunks, panels, images, scratch, each,
-        x_at, x_row, x_image, y_at, y_row, y_image, x_kind, y_kind,
-        tokens, stream.rows, columns, stream.groups, stream.blocks, starts_at, indices_at, values_at,
-        0 if bias_M is None else bias_M.data_ptr(), code, _BOUND_AT + 4 * (code == 1), _ZERO_AT,
-        wide, copy_width, unit, line, kept, packed, hold, per_panel,
+    sums = 4 * _BATCH * width * wide
+    hold = sums if stream.blocks > 1 else 0
+    each = packed + max(sums, hold * -(-batches // chunks)) + 64
+    fixed = _pack_plan(
+        tasks, chunks, panels, each,
+        layout.x_kind, layout.y_kind, layout.x_row, layout.x_image, layout.y_row, layout.y_image,
+        layout.tokens, stream.rows, columns, stream.groups, stream.blocks, starts_at, indices_at, values_at,
+        code, _BOUND_AT + 4 * (code == 1), _ZERO_AT,
+        wide, per_panel, 4 if layout.copy_width else 4 * width * per_panel,
+        layout.copy_width, layout.line, layout.line_kept, packed, hold,
     )  # fmt: skip
-    entry.run(place.args_at, threads)
+    threads = min(threads, tasks)
+    if len(stream.plans) >= _MOST_PLANS:
+        stream.plans.clear()
+    plan = stream.plans[key] = _Plan(entry, threads, each * threads, fixed, stream.addresses)
+    return plan
+
+
+def _run(plan: _Plan, x_at: int, y_at: int, bias_M: Tensor | None) -> None:
+    place = workplace
+    scratch_at = place.scratch_of(plan.scratch_bytes)
+    bias_at = 0 if bias_M is None else bias_M.data_ptr()
+    _pack_into(place.args, 0, 0, 0, scratch_at, x_at, y_at, bias_at, plan.fixed)
+    plan.entry.run(place.args_at, plan.threads)
 
 
 def activation_code(activation: str) -> int:
@@ -135,7 +180,8 @@ def activation_code(activation: str) -> int:
 
 
 def need_floats(name: str, tensor: Tensor, shape: str, fits: bool) -> None:
-    if tensor.dtype is not torch.float32 or not fits or not tensor.is_contiguous() or tensor.is_cuda:
+    """Refuse what the kernels cannot read: they take raw addresses."""
+    if not fits or tensor.dtype is not torch.float32 or not tensor.is_contiguous() or not tensor.is_cpu:
         raise FormatError(
             f"{name} must be a contiguous float32 CPU tensor {shape}, got {tensor.dtype} {tuple(tensor.shape)} "
             f"on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}; call .float().contiguous()"
@@ -179,28 +225,34 @@ def spmm(
     """
     code = activation_code(activation)
     _bias(stream, bias_M)
-    x_at, x_row, x_kind, tokens = _input(stream, x_TK)
+    x_at, x_kind, tokens = _input(stream, x_TK)
     if out is None and x_kind == _PANEL_MAJOR:
         out = empty_panels(tokens, stream.rows)
     if isinstance(out, Panels):
-        y_at, y_row, y_kind = _panel_output(stream, out, tokens)
+        y_at, y_kind = _panel_output(stream, out, tokens), _PANEL_MAJOR
     else:
         out = _output(out, (tokens, stream.rows))
-        y_at, y_row, y_kind = out.data_ptr(), 4 * stream.rows, _ROW_MAJOR
+        y_at, y_kind = out.data_ptr(), _ROW_MAJOR
     if tokens and stream.rows:
-        _launch(stream, x_at, x_row, 0, x_kind, y_at, y_row, 0, y_kind, 1, tokens, bias_M, code)
+        threads = torch.get_num_threads()
+        key = (x_kind, y_kind, tokens, code, threads)
+        if (plan := _known(stream, key)) is None:
+            y_row = 4 * (stream.rows if y_kind == _ROW_MAJOR else panel_width())
+            plan = _plan(stream, key, _Layout(tokens, x_kind, 4 * stream.cols, y_kind, y_row), code, threads)
+        _run(plan, y_at=y_at, x_at=x_at, bias_M=bias_M)
     return out
 
 
-def _input(stream: Stream, x_TK: Tensor | Panels) -> tuple[int, int, int, int]:
-    """Address, row stride in bytes, kind and tokens of x."""
+def _input(stream: Stream, x_TK: Tensor | Panels) -> tuple[int, int, int]:
+    """Address, kind and tokens of x."""
     if isinstance(x_TK, Panels):
         data, width = x_TK.data, panel_width()
-        count = -(-x_TK.tokens // width)
-        need_floats("x", data, f"[{count}, {stream.cols}, {width}]", data.shape == (count, stream.cols, width))
-        return data.data_ptr(), 4 * width, _PANEL_MAJOR, x_TK.tokens
-    need_floats("x", x_TK, f"[T, {stream.cols}]", x_TK.dim() == 2 and x_TK.shape[1] == stream.cols)
-    return x_TK.data_ptr(), 4 * stream.cols, _ROW_MAJOR, x_TK.shape[0]
+        shape = (-(-x_TK.tokens // width), stream.cols, width)
+        need_floats("x", data, str(list(shape)), tuple(data.shape) == shape)
+        return data.data_ptr(), _PANEL_MAJOR, x_TK.tokens
+    shape = x_TK.shape
+    need_floats("x", x_TK, f"[T, {stream.cols}]", len(shape) == 2 and shape[1] == stream.cols)
+    return x_TK.data_ptr(), _ROW_MAJOR, shape[0]
 
 
 def empty_panels(tokens: int, features: int) -> Panels:
@@ -209,11 +261,11 @@ def empty_panels(tokens: int, features: int) -> Panels:
     return Panels(torch.empty(-(-tokens // width), features, width), tokens)
 
 
-def _panel_output(stream: Stream, out: Panels, tokens: int) -> tuple[int, int, int]:
-    width = panel_width()
-    shape = (-(-tokens // width), stream.rows, width)
+def _panel_output(stream: Stream, out: Panels, tokens: int) -> int:
+    """Address of the panels to write, once they are seen to fit."""
+    shape = (-(-tokens // panel_width()), stream.rows, panel_width())
     need_floats("out", out.data, str(list(shape)), tuple(out.data.shape) == shape and out.tokens == tokens)
-    return out.data.data_ptr(), 4 * width, _PANEL_MAJOR
+    return out.data.data_ptr()
 
 
 def spmm_columns(
@@ -245,10 +297,15 @@ def spmm_columns(
     count, images = x_KN.shape[-1], x_KN.shape[0] if x_KN.dim() == 3 else 1
     out = _output(out, (*x_KN.shape[:-2], stream.rows, count))
     if out.numel():
-        _launch(
-            stream, x_KN.data_ptr(), 4 * count, 4 * count * stream.cols, _COLUMN_MAJOR,
-            out.data_ptr(), 4 * count, 4 * count * stream.rows, _COLUMN_MAJOR, images, count, bias_M, code,
-        )  # fmt: skip
+        threads = torch.get_num_threads()
+        key = (_COLUMN_MAJOR, images, count, code, threads)
+        if (plan := _known(stream, key)) is None:
+            row = 4 * count
+            layout = _Layout(
+                count, _COLUMN_MAJOR, row, _COLUMN_MAJOR, row, images, row * stream.cols, row * stream.rows
+            )
+            plan = _plan(stream, key, layout, code, threads)
+        _run(plan, x_KN.data_ptr(), out.data_ptr(), bias_M)
     return out
 
 
@@ -292,15 +349,17 @@ def spmm_conv(
         raise FormatError(f"a {kh}x{kw} kernel does not fit into a padded image of {high}x{wide}")
     out = _output(out, (*x_CHW.shape[:-3], stream.rows, out_high, out_wide))
     if out.numel():
-        images = x_CHW.shape[0] if x_CHW.dim() == 4 else 1
-        positions = (out_high - 1) * wide + out_wide
-        width, offsets_E = _offsets(stream, kernel, wide)
-        _launch(
-            stream, x_padded.data_ptr(), 4 * high * wide, 4 * high * wide * channels, _COLUMN_MAJOR,
-            out.data_ptr(), 4 * out_high * out_wide, 4 * out_high * out_wide * stream.rows, _LINES,
-            images, positions, bias_M, code,
-            index=(offsets_E.data_ptr(), 4), copy_width=width, depth=channels, line=wide, kept=out_wide,
-        )  # fmt: skip
+        images, threads = x_CHW.shape[0] if x_CHW.dim() == 4 else 1, torch.get_num_threads()
+        key = (_LINES, images, high, wide, kernel, code, threads)
+        if (plan := _known(stream, key)) is None:
+            width, offsets_E = _offsets(stream, kernel, wide)
+            layout = _Layout(
+                (out_high - 1) * wide + out_wide, _COLUMN_MAJOR, 4 * high * wide, _LINES, 4 * out_high * out_wide,
+                images, 4 * high * wide * channels, 4 * out_high * out_wide * stream.rows,
+                width, channels, wide, out_wide, offsets_E,
+            )  # fmt: skip
+            plan = _plan(stream, key, layout, code, threads)
+        _run(plan, x_padded.data_ptr(), out.data_ptr(), bias_M)
     return out
 
 

@@ -5,7 +5,7 @@ Shapes: M output rows, K columns, G rows of a group, B blocks of columns, E stor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -15,12 +15,12 @@ from gossamer.core.errors import FormatError
 
 GROUPS = (1, 2, 4, 8)
 
-# Floats of one panel block that leave room in a 32-48 KiB first-level cache for values and results (two thirds of it).
-_L1_FLOATS = 8192
-_PANEL = 64
+# A block of 128 columns x 64 tokens is two thirds of a 48 KiB first-level cache (one of 32 KiB holds it too); a panel
+# of 2048 columns is half a second-level cache. Twenty entries pay for the start and end of a group's turn (measured).
+_L1_COLUMNS, _L2_COLUMNS, _WORTHWHILE = 128, 2048, 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stream:
     """Groups of `g` output rows that share their kept columns, cut into blocks of columns.
 
@@ -42,14 +42,23 @@ class Stream:
     indices_E: Tensor
     values_EG: Tensor
 
-    @cached_property
+    def __getstate__(self) -> dict:
+        """Copies and pickles carry the weights only: laid-out plans hold addresses of this very object."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
     def addresses(self) -> tuple[int, int, int]:
-        """Where starts, indices and values lie in memory."""
+        """Where starts, indices and values lie in memory now; `share_memory_` may have moved them since last time."""
         return self.starts_BG.data_ptr(), self.indices_E.data_ptr(), self.values_EG.data_ptr()
 
     @cached_property
     def offsets_by_geometry(self) -> dict:
         """Entry offsets of convolutions, made on first use of each image width."""
+        return {}
+
+    @cached_property
+    def plans(self) -> dict:
+        """How the work was laid out for each size of x that came by."""
         return {}
 
     @property
@@ -63,12 +72,15 @@ class Stream:
         return self.starts_BG.shape[0] - 1
 
 
-def default_block(g: int, cols: int) -> int:
-    """Columns per block: a panel that stays in L1 for ungrouped rows, everything at once for groups of 4 and more.
+def default_block(g: int, cols: int, density: float) -> int:
+    """Columns per block: a panel that stays in L1 for groups of one or two, in L2 for larger ones.
 
-    Four rows use each loaded panel vector four times, so the second-level cache keeps up with them (measured).
+    Four rows use each loaded panel vector four times, so the second-level cache keeps up with them. Very sparse
+    groups take wider blocks, because each turn of a group in a block has a fixed cost.
     """
-    return max(cols, 1) if g >= 4 else max(1, min(_L1_FLOATS // _PANEL, cols))
+    wanted = _L2_COLUMNS if g >= 4 else min(_L2_COLUMNS, max(_L1_COLUMNS, round(_WORTHWHILE / max(density, 1e-6))))
+    pieces = max(1, -(-cols // wanted))
+    return max(1, -(-cols // pieces))
 
 
 def stream(
@@ -96,7 +108,8 @@ def stream(
     """
     values = values.reshape(-1, g) if values.dim() == 1 else values
     _check(g, rows, cols, indptr, indices, values)
-    block = default_block(g, cols) if block is None else max(1, min(int(block), max(cols, 1)))
+    density = indices.shape[0] / max(1, (indptr.shape[0] - 1) * cols)
+    block = default_block(g, cols, density) if block is None else max(1, min(int(block), max(cols, 1)))
     if block < cols:
         _check_order(cols, indptr, indices)
     starts = _starts(indptr.to(torch.int32), indices, cols, block)
