@@ -1,0 +1,75 @@
+"""Exit codes that mean something, and one clean panel for each error."""
+
+from __future__ import annotations
+
+import errno
+import os
+import traceback
+
+import typer
+from rich.markup import escape
+from rich.panel import Panel
+from typer.core import TyperGroup
+
+from ..core.errors import AssetError, GossamerError, MissingDependency
+from .screen import err
+
+OK, UNEXPECTED, USAGE, YOURS, ENVIRONMENT, STOPPED = 0, 1, 2, 3, 4, 130
+
+EPILOG = (
+    "Exit codes: 0 done · 1 unexpected error · 2 wrong usage · 3 an input that gossamer refuses (unknown name, pattern "
+    "that does not fit, damaged file) · 4 the environment lacks something (asset, library, disk space, rights) · "
+    "130 stopped by Ctrl-C. Set GOSSAMER_TRACEBACK=1 to see where an error arose."
+)
+
+# What typer raises on its own account: it prints these itself.
+_TYPERS_OWN = (typer.Exit, typer.Abort, *(c for c in typer.BadParameter.__mro__ if c.__module__ != "builtins"))
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code that an error ends the program with."""
+    if isinstance(error, KeyboardInterrupt):
+        return STOPPED
+    if isinstance(error, (AssetError, MissingDependency)) or _about_the_disk(error):
+        return ENVIRONMENT
+    return YOURS if isinstance(error, GossamerError) else UNEXPECTED
+
+
+def _about_the_disk(error: BaseException | None) -> bool:
+    """True for a full or forbidden disk, also where it is the cause of one of our own errors."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            return True
+        error = error.__cause__
+    return False
+
+
+class Group(TyperGroup):
+    """Commands whose errors end in a panel on stderr and an exit code."""
+
+    def invoke(self, ctx: typer.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except _TYPERS_OWN:
+            raise
+        except BrokenPipeError:
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            _say(error)
+            raise typer.Exit(code_of(error)) from error
+
+
+_TITLES = {UNEXPECTED: "unexpected error", YOURS: "cannot do that", ENVIRONMENT: "the environment lacks something"}
+
+
+def _say(error: BaseException) -> None:
+    if isinstance(error, KeyboardInterrupt):
+        err().print("Stopped. What was finished is kept: run the same command again to go on from there.")
+        return
+    code, text = code_of(error), str(error) or type(error).__name__
+    if os.environ.get("GOSSAMER_TRACEBACK") == "1":
+        err().print("".join(traceback.format_exception(error)), markup=False, highlight=False, end="")
+    elif code == UNEXPECTED:
+        text = f"{type(error).__name__}: {text}\n\nGOSSAMER_TRACEBACK=1 shows where it arose."
+    err().print(Panel(escape(text), title=_TITLES[code], title_align="left", border_style="red", expand=False))

@@ -1,0 +1,116 @@
+"""gossamer pack: per layer the format and kernel that measured fastest, saved so that two lines load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from ..core.errors import GossamerError
+from .screen import Json, bar, emit, waiting
+
+if TYPE_CHECKING:
+    from ..deploy import PackedLayer, PackReport
+    from .models import Loaded
+
+
+def pack(
+    model: Annotated[str, typer.Argument(help="A pruned model: folder, packaged asset, or hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    tokens: Annotated[
+        str, typer.Option(help="Tokens per call it is measured with; '128,1' = a prompt, then one.")
+    ] = "128",
+    batch: Annotated[int, typer.Option(min=1, help="Texts or pictures per call.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads to measure with; torch's setting.")] = None,
+    min_gain: Annotated[
+        float, typer.Option(help="Go sparse only where it is this many times faster than dense.")
+    ] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Store each layer in the format, and run it on the kernel, that measured fastest on its own shape.
+
+    Where the dense product wins, the layer stays dense, and the table says so.
+
+    Example: gossamer pack small --out small-packed --tokens 128
+    """
+    from .. import pack as pack_model
+    from .. import save
+    from ..deploy import report_of
+    from . import models
+
+    with waiting(f"loading {model}"):
+        loaded = models.load(model)
+    calls = [models.example(loaded, tokens=n, batch=batch) for n in whole_numbers(tokens, "--tokens")]
+    with bar("measuring") as progress:
+        packed = pack_model(loaded.model, calls, threads=threads, min_gain=min_gain, inplace=True, progress=progress)
+    report = report_of(packed)
+    save(packed, out, tokenizer=loaded.tokenizer)
+    record = {"out": str(out), "load_lines": load_lines(out, loaded), **report.to_dict()}
+    emit(as_json, record, *(() if as_json else (_table(report), *_totals(report, out, loaded))))
+
+
+def whole_numbers(text: str, flag: str) -> list[int]:
+    """ "1,2" → [1, 2].
+
+    Raises:
+        GossamerError: anything but whole numbers from 1 on.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise GossamerError(f"{flag} needs whole numbers from 1 on, such as 1,2; got {text!r}")
+    return [int(part) for part in parts]
+
+
+def load_lines(out: Path, loaded: Loaded) -> list[str]:
+    """The two lines that load a packed model and run it."""
+    call = "model(pictures)" if loaded.tokenizer is None else 'model(**tokenizer("text", return_tensors="pt"))'
+    return [f'model = gossamer.load("{out}")', call]
+
+
+def _table(report: PackReport) -> Table:
+    """One line for layers that differ by their block number only; --json has every layer."""
+    drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    drawn.add_column("layers", overflow="ellipsis", no_wrap=True)
+    for name in ("shape", "kept", "best dense", "chosen", "gain"):
+        drawn.add_column(name, justify="right", no_wrap=True)
+    drawn.add_column("runs as", no_wrap=True)
+    groups: dict[tuple[object, ...], list[PackedLayer]] = {}
+    for layer in report.layers:
+        kind = re.sub(r"(^|\.)\d+(?=\.)", r"\1*", layer.name)
+        groups.setdefault((kind, layer.shape, layer.format, layer.backend), []).append(layer)
+    for (kind, *_), layers in groups.items():
+        drawn.add_row(*_cells(str(kind), layers))
+    return drawn
+
+
+def _cells(kind: str, layers: Sequence[PackedLayer]) -> tuple[str | Text, ...]:
+    """The block-wise name, and medians over its layers."""
+    first, dense = layers[0], median(n.best_dense_ms for n in layers)
+    gain = median(n.speedup for n in layers)
+    pace = Text(f"{gain:.2f}×", "green" if gain > 1.03 else "")
+    times = (f"{dense:.3f} ms", f"{median(n.ms for n in layers):.3f} ms")
+    name = kind if len(layers) == 1 else f"{len(layers)} × {kind}"
+    kept = f"{median(n.density for n in layers):.1%}"
+    return (name, "×".join(map(str, first.shape)), kept, *times, pace, f"{first.format}/{first.backend}")
+
+
+def _totals(report: PackReport, out: Path, loaded: Loaded) -> tuple[str, ...]:
+    dense = [layer for layer in report.layers if not layer.sparse]
+    reasons = dict.fromkeys(layer.reason for layer in dense)
+    return (
+        f"whole model: {report.model_ms_before:.2f} → {report.model_ms_after:.2f} ms ({report.speedup:.2f}×), "
+        f"{report.threads} threads, memory {report.bytes_before / 1e6:.1f} → {report.bytes_after / 1e6:.1f} MB, "
+        f"{report.bytes_on_disk / 1e6:.1f} MB on disk",
+        *(f"{len(dense)} of {len(report.layers)} layers stay dense: {reason}" for reason in reasons),
+        *(f"not packed: {name} ({reason})" for name, reason in report.skipped[:8]),
+        f"largest difference of the outputs: {report.difference:.1e} of the largest value",
+        "\nLoad it and run it:",
+        *(f"  {line}" for line in load_lines(out, loaded)),
+    )

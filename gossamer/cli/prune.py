@@ -1,0 +1,203 @@
+"""gossamer prune: a dense model in, a sparse one of the same shape out, resumable at every layer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from ..core.errors import CalibrationError, GossamerError, TargetError
+from ..core.files import whole_file, whole_folder
+from . import recipe as recipes
+from .screen import Json, bar, emit, err, waiting
+
+if TYPE_CHECKING:
+    from ..core import Sparsifier
+    from ..recipes.prune import PruneReport
+    from .models import Loaded
+    from .recipe import Recipe
+
+REPORT, REQUEST = "gossamer-prune.json", "request.json"
+
+
+def prune(
+    model: Annotated[str, typer.Argument(help="Folder, packaged asset (see 'gossamer assets'), or hub id.")] = "",
+    method: Annotated[str, typer.Option(help="Name of a method; 'gossamer methods' lists them.")] = "",
+    sparsity: Annotated[float | None, typer.Option(help="Fraction of zeros, 0 to 1.")] = None,
+    density: Annotated[float | None, typer.Option(help="Fraction kept, 0 to 1: the same said the other way.")] = None,
+    pattern: Annotated[str, typer.Option(help="Name or expression: 2:4, 4-row, unstructured, 'o [i]' ...")] = "",
+    data: Annotated[str, typer.Option(help="Calibration text: a file, asset:wikitext2, asset:movie-reviews.")] = "",
+    samples: Annotated[int | None, typer.Option(help="Calibration texts or windows; 128.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per window, or where a text is cut; 512.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Calibration texts at once; 8.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draw of calibration texts; 0.")] = None,
+    targets: Annotated[list[str] | None, typer.Option(help="Only layers of this name pattern; repeatable.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Leave these layers dense; repeatable.")] = None,
+    allocation: Annotated[str, typer.Option(help="Density per layer: uniform, er or erk.")] = "",
+    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the method; repeatable.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file with the same keys; flags win over it.")] = None,
+    workdir: Annotated[str, typer.Option(help="Where finished layers wait; OUT/.work, removed at the end.")] = "",
+    out: Annotated[str, typer.Option(help="Folder to write; must be new unless --overwrite.")] = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a model sparse, in one pass, with or without calibration data.
+
+    Writes plain dense weights with zeros in them, which transformers loads as ever; 'gossamer pack' then makes the
+    zeros pay. A run that was killed goes on from its last finished layer when the same command is given again.
+
+    Example: gossamer prune minilm --method wanda --density 0.2 --pattern 4-row --data asset:movie-reviews --out small
+    """
+    held = recipes.read(recipe) if recipe else {}
+    flags = {
+        **{"model": model, "method": method, "sparsity": sparsity, "density": density, "pattern": pattern},
+        **{"data": data, "samples": samples, "length": length, "batch": batch, "seed": seed},
+        **{"targets": tuple(targets or ()), "skip": tuple(skip or ()), "allocation": allocation},
+        **{"workdir": workdir, "out": out, "options": recipes.options(option or ())},
+    }
+    asked = _complete(recipes.merge(held, flags))
+    sparsifier = _sparsifier(asked)
+    _check_out(Path(asked.out), overwrite)
+    report, resumed = _run(asked, sparsifier)
+    emit(as_json, _record(asked, report, resumed), *(() if as_json else _summary(asked, report, resumed)))
+
+
+def _complete(asked: Recipe) -> Recipe:
+    for name, flag in (("model", "MODEL"), ("method", "--method"), ("out", "--out")):
+        if not getattr(asked, name):
+            raise typer.BadParameter(f"give {flag}, here or in a recipe", param_hint=flag)
+    return replace(asked, workdir=asked.workdir or str(Path(asked.out) / ".work"))
+
+
+def _sparsifier(asked: Recipe) -> Sparsifier:
+    """Everything about the method that can be refused is refused before the model is loaded."""
+    from .. import get_method
+    from ..core import OneShot
+    from .methods import required
+
+    if asked.density is not None and asked.sparsity is not None:
+        raise GossamerError("density and sparsity say the same thing; give one of the two")
+    density = asked.density if asked.sparsity is None else 1.0 - asked.sparsity
+    given = {"density": density, "pattern": asked.pattern}
+    found = get_method(asked.method)
+    if missing := [name for name in required(found) if name not in asked.options]:
+        raise GossamerError(f"method {asked.method!r} needs {', '.join(missing)}; give --option {missing[0]}=...")
+    sparsifier = found(**{k: v for k, v in given.items() if v is not None}, **asked.options)
+    if not isinstance(sparsifier.policy, OneShot):
+        raise GossamerError(
+            f"method {asked.method!r} prunes while a model trains; use gossamer.attach in your training loop, "
+            "or take a one-shot method here"
+        )
+    if sparsifier.needs and not asked.data:
+        raise CalibrationError(
+            f"method {asked.method!r} scores weights by their inputs; give --data TEXTFILE or --data asset:wikitext2"
+        )
+    return sparsifier
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise TargetError(f"{out} is a file; give a folder to write to")
+    foreign = [p.name for p in out.iterdir() if p.name != ".work"] if out.is_dir() else []
+    if foreign and not overwrite:
+        raise TargetError(f"{out} is not empty ({', '.join(sorted(foreign)[:3])} ...); take another, or --overwrite")
+
+
+def _run(asked: Recipe, sparsifier: Sparsifier) -> tuple[PruneReport, int]:
+    from ..recipes.prune import prune as prune_model
+    from . import calibration, models
+
+    workdir = Path(str(asked.workdir))
+    _claim(workdir, asked)
+    with waiting(f"loading {asked.model}"):
+        loaded = models.load(asked.model)
+        how = {"samples": asked.samples, "length": asked.length, "batch": asked.batch, "seed": asked.seed}
+        data = calibration.batches(loaded, asked.data, **how) if asked.data and sparsifier.needs else None
+    with bar(f"pruning with {asked.method}") as progress:
+        report = prune_model(
+            loaded.model,
+            sparsifier,
+            data=data,
+            targets=asked.targets,
+            skip=asked.skip,
+            allocation=asked.allocation,
+            workdir=workdir,
+            progress=progress,
+        )
+    resumed = sum(layer.resumed for layer in report.layers)
+    with waiting(f"writing {asked.out}"):
+        _save(loaded, Path(asked.out), _record(asked, report, resumed))
+    _clear(workdir)
+    return report, resumed
+
+
+def _claim(workdir: Path, asked: Recipe) -> None:
+    """Finished layers belong to one job: another model, method or data must not take them over."""
+    job, file = json.loads(json.dumps(asked.job)), workdir / REQUEST
+    if not file.exists():
+        with whole_file(file) as draft:
+            draft.write_text(json.dumps(job, indent=1))
+        return
+    held = json.loads(file.read_text())
+    for key in job:
+        if held.get(key) != job[key]:
+            raise TargetError(
+                f"{workdir} holds an unfinished run with {key} = {held.get(key)!r}, now it is {job[key]!r}; "
+                "delete that folder to start anew, or give the same command to go on"
+            )
+    err().print(f"Going on with the unfinished run in {workdir}.")
+
+
+def _save(loaded: Loaded, out: Path, record: dict[str, object]) -> None:
+    """All or nothing; the default work folder lies in `out` and goes when it is replaced."""
+    from ..deploy import save
+    from .models import quiet
+
+    with whole_folder(out) as draft:
+        if hasattr(loaded.model, "save_pretrained"):
+            with quiet():
+                loaded.model.save_pretrained(draft)
+            if loaded.tokenizer is not None:
+                loaded.tokenizer.save_pretrained(draft)
+        else:
+            save(loaded.model, draft)
+        (draft / REPORT).write_text(json.dumps(record, indent=1))
+
+
+def _clear(workdir: Path) -> None:
+    """Remove our own files only: the user may have named a folder that holds more."""
+    if not workdir.is_dir():
+        return
+    for file in (*workdir.glob("*.safetensors"), workdir / "journal.json", workdir / REQUEST):
+        file.unlink(missing_ok=True)
+    if not any(workdir.iterdir()):
+        workdir.rmdir()
+
+
+def _record(asked: Recipe, report: PruneReport, resumed: int) -> dict[str, object]:
+    return {"out": asked.out, "job": asked.job, "resumed_layers": resumed, "next": _next(asked), **report.to_dict()}
+
+
+def _next(asked: Recipe) -> str:
+    return f"gossamer pack {asked.out} --out {asked.out.rstrip('/')}-packed"
+
+
+def _summary(asked: Recipe, report: PruneReport, resumed: int) -> tuple[Table | str, ...]:
+    drawn = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    rows = {
+        "method": f"{report.method}, pattern {report.pattern}",
+        "layers": f"{len(report.layers)} pruned"
+        + (f", {resumed} of them taken from the earlier run" if resumed else ""),
+        "zeros": f"{1 - report.density:.2%} of their weights",
+        "time": f"{report.seconds:.1f} s",
+        "saved": f"{asked.out} (dense weights with zeros: transformers loads it as ever)",
+    }
+    for name, value in rows.items():
+        drawn.add_row(name, value)
+    left = [f"left dense: {name} ({reason})" for name, reason in report.skipped[:8]]
+    more = [f"... and {len(report.skipped) - 8} more" if len(report.skipped) > 8 else ""]
+    return (drawn, *left, *[m for m in more if m], f"\nMake it pay:  {_next(asked)}")

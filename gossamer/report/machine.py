@@ -1,0 +1,61 @@
+"""What a figure was measured on: the processor, its memory, and the versions of the libraries."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def hardware() -> dict[str, str]:
+    """Processor, cores that this process may use, memory, vector extensions, system."""
+    return {
+        "cpu": _cpu(),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "memory": _memory(),
+        "vectors": ", ".join(_vectors()) or "unknown",
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+    }
+
+
+def versions(packages: Iterable[str] = ("torch", "numba", "transformers", "onnxruntime", "openvino")) -> dict[str, str]:
+    """Installed versions; "not installed" where there is none."""
+    return {name: _version(name) for name in packages}
+
+
+def slug() -> str:
+    """The processor's name as part of a file name."""
+    words = "".join(c if c.isalnum() else " " for c in f"{hardware()['cpu']} {hardware()['cores']} cores").lower()
+    return "-".join(words.split())
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cpuinfo(field: str) -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
+
+
+def _cpu() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _memory() -> str:
+    try:
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    except (ValueError, OSError, AttributeError):
+        return "unknown"
+
+
+def _vectors() -> list[str]:
+    telling = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
+    flags = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
+    return [name for name in telling if name in flags]
