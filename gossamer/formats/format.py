@@ -63,8 +63,7 @@ class Format(ABC):
     def to_dense(self) -> Tensor:
         """The dense matrix [M, K], bit for bit."""
         rows, cols = self.grid
-        out = self.values.new_zeros(rows * cols)
-        out[self.slots().reshape(-1)] = self.entries().reshape(-1)
+        out = self.values.new_zeros(rows * cols).scatter_(0, self.slots().reshape(-1), self.entries().reshape(-1))
         return out.view(rows, cols)[: self.rows, : self.cols].contiguous()
 
     def gather(self, dense_MK: Tensor) -> Tensor:

@@ -140,6 +140,8 @@ def _forward(
 
 def run_over(plan: Plan, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """Run a plan over any leading axes."""
+    if x.dim() == 2 and x.is_contiguous():
+        return plan.run(x, bias, activation)
     rows, cols = plan.call.fmt.shape
     lead = x.shape[:-1]
     return plan.run(x.reshape(lead.numel(), cols).contiguous(), bias, activation).view(*lead, rows)

