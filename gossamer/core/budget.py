@@ -129,15 +129,24 @@ def top(s_RC: Tensor, k: int) -> Tensor:
     if size <= 8 and pools > 1:
         return _top_of_few(s_RC, k)
     kth_R1 = _kth(s_RC, size - k + 1)
+    if _eager_cpu(s_RC):
+        # Without ties at the threshold, which is the usual case, one comparison is all; looking costs no wait here.
+        reached_RC = s_RC >= kth_R1
+        if bool(((reached_RC.sum(1, keepdim=True) == k) & (kth_R1 != -math.inf)).all()):
+            return reached_RC
     above_RC = s_RC > kth_R1
     tied_RC = (s_RC == kth_R1) & (kth_R1 != -math.inf)
     room_R1 = k - above_RC.sum(1, keepdim=True)
     return above_RC | (tied_RC & (tied_RC.cumsum(1, dtype=torch.int32) <= room_R1))
 
 
+def _eager_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _kth(s_RC: Tensor, k: int) -> Tensor:
     """The k-th lowest of each row, [R, 1]. On the CPU NumPy's vectorised partition is many times faster."""
-    if s_RC.device.type != "cpu" or torch.compiler.is_compiling() or s_RC.dtype not in _NUMPY_PARTITIONS:
+    if not _eager_cpu(s_RC) or s_RC.dtype not in _NUMPY_PARTITIONS:
         return s_RC.kthvalue(k, dim=1, keepdim=True).values
     part_RC = np.partition(s_RC.detach().numpy(), k - 1, axis=1)
     return torch.from_numpy(part_RC[:, k - 1 : k].copy())
