@@ -125,6 +125,11 @@ def plan_for(parts: Sequence[Tensor], meta: str, *, backend: str, tokens: int | 
     return found.plan
 
 
+def forget_plan(values: Tensor) -> None:
+    """Drop the plan kept for a values part."""
+    _PLANS.pop(values, None)
+
+
 def _unchecked(parts: dict[str, Tensor], meta: str) -> Format:
     options = {key: value for key, value in _meta(meta).items() if key != "format"}
     return format_named(_meta(meta)["format"])(**options, **parts)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gossamer.core.errors import FormatError
 from gossamer.formats import Format, format_named
 from gossamer.kernels.dispatch import Plan, explain
-from gossamer.kernels.ops import check_input, plan_for, record, run_over
+from gossamer.kernels.ops import check_input, forget_plan, plan_for, record, run_over
 from gossamer.kernels.reference import activation_named
 
 # A format class, its name, a stored weight, or any function from a dense weight to a stored one.
@@ -69,6 +69,7 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, part)
         self.register_parameter("bias", bias if bias is None else _parameter(bias))
         self._plan: Plan | None = None
+        self._seen: int | None = None
         # Parts that came from a file are checked before a kernel trusts their indices.
         self._trusted = True
 
@@ -126,10 +127,11 @@ class PackedLinear(nn.Module):
     @property
     def plan(self) -> Plan:
         """The kernel that runs this layer; chosen now if it was not yet."""
-        if self._plan is None:
-            self._plan = plan_for(
-                self._parts(), self._record, backend=self.backend or "", tokens=self.tokens, trusted=self._trusted
-            )
+        values = self._buffers["values"]
+        self._plan = plan_for(
+            self._parts(), self._record, backend=self.backend or "", tokens=self.tokens, trusted=self._trusted
+        )
+        self._seen = None if values.is_inference() else values._version
         return self._plan
 
     def explain(self) -> str:
@@ -137,7 +139,8 @@ class PackedLinear(nn.Module):
         return explain(self.plan)
 
     def replan(self) -> None:
-        """Forget the chosen kernel; call it after editing a part in place."""
+        """Forget the chosen kernel; call it after editing a part through `.data`, which autograd does not see."""
+        forget_plan(self.values)
         self._plan = None
 
     def unpack(self) -> nn.Module:
@@ -157,7 +160,10 @@ class PackedLinear(nn.Module):
             return torch.ops.gossamer.sparse_linear(
                 x, self._parts(), self._record, self.bias, self.activation, self.backend or "", self.tokens
             )
-        plan = self._plan or self.plan
+        plan = self._plan
+        # An optimizer step writes to the values in place; a kernel may hold a re-ordered copy of the old ones.
+        if plan is None or (self._seen is not None and self._seen != self._buffers["values"]._version):
+            plan = self.plan
         x = _autocast(x, plan.call.dtype)
         check_input(x, self.in_features, plan.call)
         return run_over(plan, x, self._parameters["bias"], self.activation)

@@ -246,14 +246,17 @@ def test_explains_itself():
     assert "in_features=20, out_features=13, bias=True, format=rowgrouped, g=4, activation=relu" in repr(packed)
 
 
-def test_editing_a_part_in_place_needs_replan():
-    packed = PackedLinear.from_linear(sparse_layer(), Dense)
+@pytest.mark.parametrize("name", BUILDS)
+def test_in_place_edits_are_seen(name):
+    packed = PackedLinear.from_linear(sparse_layer(bias=False), BUILDS[name])
     x = torch.randn(2, 20)
     with torch.no_grad():
-        before = packed(x) - packed.bias
+        before = packed(x)
         packed.values.mul_(2)
+        close(packed(x), 2 * before)
+        packed.values.data.mul_(2)
         packed.replan()
-        close(packed(x) - packed.bias, 2 * before)
+        close(packed(x), 4 * before)
 
 
 @pytest.mark.parametrize("name", BUILDS)
@@ -286,3 +289,25 @@ def test_other_convolutions_stay_dense():
         assert not is_pointwise(conv)
         with pytest.raises(FormatError, match="1x1"):
             PackedConv2d.from_conv(conv, CSR)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", BUILDS)
+def test_on_a_gpu(name):
+    layer = sparse_layer()
+    packed = PackedLinear.from_linear(layer, BUILDS[name])
+    x = torch.randn(7, 20)
+    with torch.no_grad():
+        want = packed(x)
+        moved = copy.deepcopy(packed).cuda()
+        torch.testing.assert_close(moved(x.cuda()).cpu(), want, rtol=1e-3, atol=1e-3)
+        assert moved.plan.backend in ("dense", "unpack")
+        rebuilt = PackedLinear.from_linear(layer.cuda(), BUILDS[name])
+        assert torch.equal(rebuilt.weight.cpu(), packed.weight)
+        with pytest.raises(FormatError, match="convert"):
+            packed(x.cuda())
+    with pytest.raises(DispatchError, match="activations are on cuda"):
+        PackedLinear.from_linear(layer.cuda(), CSR, backend="cpu").plan  # noqa: B018
+    moved(x.cuda()).sum().backward()
+    assert moved.bias.grad.device.type == "cuda"
