@@ -14,10 +14,13 @@ from ..attach.calibrate import Arrival, Batch, Collector, stream
 from ..attach.journal import Journal
 from ..attach.targets import Found, Target, find
 from ..core.allocation import allocation as allocation_rule
-from ..core.errors import CalibrationError, PatternError, TargetError
+from ..core.budget import Density
+from ..core.errors import BudgetError, CalibrationError, PatternError, TargetError
 from ..core.registry import get_method
+from ..core.schedule import at
 from ..core.select import select_across
 from ..core.sparsifier import Sparsifier, require_finite
+from .sensitivity import allocate_by_sensitivity
 
 Progress = Callable[[str, int, int], None]
 
@@ -91,7 +94,8 @@ def prune(
         data: calibration batches for methods that need them: mappings are passed as keywords.
         targets: glob patterns of layers ("re:" for regular expressions); empty = all but the output head.
         skip: layers to leave alone.
-        allocation: how the density is spread over layers: "uniform", "er", "erk", or a density per layer name.
+        allocation: how the density is spread over layers: "uniform", "er", "erk", "sensitivity" (measured with
+            `data`: one more pass), or a density per layer name.
         workdir: keep finished layers here; a run that was killed goes on from the last finished layer.
         offload: keep the target weights on disk (in `workdir`) and only the layer at hand in memory.
         progress: called with (layer, done, total).
@@ -112,7 +116,9 @@ def prune(
     sparsifier = _sparsifier(method, density, sparsity, pattern, options)
     found = find(model, tuple(targets), tuple(skip))
     _check_fit(model, found, sparsifier)
-    per_layer = _allocate(model, found, sparsifier, allocation)
+    if data is not None:
+        data = list(data)
+    per_layer = _allocate(model, found, sparsifier, allocation, data, progress)
     if offload and workdir is None:
         raise TargetError("offload keeps weights on disk and needs to know where; pass workdir=")
     journal = Journal(workdir, _identity(model, found, sparsifier, per_layer)) if workdir is not None else None
@@ -161,15 +167,40 @@ def _check_fit(model: nn.Module, found: Found, sparsifier: Sparsifier) -> None:
 
 
 def _allocate(
-    model: nn.Module, found: Found, sparsifier: Sparsifier, allocation: str | dict[str, float]
+    model: nn.Module,
+    found: Found,
+    sparsifier: Sparsifier,
+    allocation: str | dict[str, float],
+    data: list[Batch] | None,
+    progress: Progress | None,
 ) -> dict[str, Sparsifier]:
     if allocation == "uniform":
         return {t.name: sparsifier for t in found.targets}
-    if isinstance(allocation, dict):
-        return {t.name: sparsifier.at_density(allocation[t.name]) for t in found.targets}
-    shapes = {t.name: tuple(t.weight(model).shape) for t in found.targets}
-    densities = allocation_rule(allocation)(shapes, sparsifier.budget.d)  # type: ignore[attr-defined]
-    return {name: sparsifier.at_density(d) for name, d in densities.items()}
+    if not isinstance(sparsifier.budget, Density):
+        raise BudgetError(
+            f"allocation {allocation!r} spreads a density over layers, but pattern {str(sparsifier.pattern)!r} "
+            "fixes it; use allocation='uniform'"
+        )
+    if allocation == "sensitivity":
+        if data is None:
+            raise CalibrationError(
+                "allocation 'sensitivity' measures layers on inputs; pass data= (calibration batches)"
+            )
+        density = at(sparsifier.budget.d, 0)
+        chosen = allocate_by_sensitivity(model, sparsifier, found.targets, data, density=density, progress=progress)
+    elif isinstance(allocation, dict):
+        chosen = _named(found, allocation)
+    else:
+        shapes = {t.name: tuple(t.weight(model).shape) for t in found.targets}
+        chosen = allocation_rule(allocation)(shapes, at(sparsifier.budget.d, 0))
+    return {name: sparsifier.at_density(d) for name, d in chosen.items()}
+
+
+def _named(found: Found, allocation: dict[str, float]) -> dict[str, float]:
+    missing = [t.name for t in found.targets if t.name not in allocation]
+    if missing:
+        raise TargetError(f"allocation= names no density for {', '.join(missing[:5])}; give one, or skip= the layer")
+    return {t.name: allocation[t.name] for t in found.targets}
 
 
 def _identity(

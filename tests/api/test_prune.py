@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 import gossamer
 from gossamer.attach import Journal
-from gossamer.core.errors import CalibrationError, FileDamaged, NonFiniteError, PatternError, TargetError, UnknownName
+from gossamer.core.errors import (
+    BudgetError,
+    CalibrationError,
+    FileDamaged,
+    NonFiniteError,
+    PatternError,
+    TargetError,
+    UnknownName,
+)
 from gossamer.recipes.prune import prune
 
 
@@ -65,6 +73,30 @@ def test_allocation_keeps_the_models_count_exact() -> None:
     report = prune(model, "magnitude", density=0.2, allocation="erk")
     assert report.density == pytest.approx(0.2, abs=1e-3)
     assert len({round(r.density, 2) for r in report.layers}) > 1
+
+
+def test_measured_sensitivity_gives_more_to_layers_that_suffer_more_and_lowers_the_error() -> None:
+    model = net()
+    # All that the first layer says stands in one input: cutting it is cheap. The others spread theirs.
+    model[0].weight.data[:, 1:] *= 0.01
+    even, measured = copy.deepcopy(model), copy.deepcopy(model)
+    prune(even, "wanda", density=0.4, data=batches())
+    report = prune(measured, "wanda", density=0.4, data=batches(), allocation="sensitivity")
+    by_name = {r.name: r.density for r in report.layers}
+    assert report.density == pytest.approx(0.4, abs=0.02)
+    assert by_name["0"] < 0.4 < max(by_name["2"], by_name["4"])
+    x = torch.cat(batches())
+    errors = [(m(x) - model(x)).square().mean().item() for m in (even, measured)]
+    assert errors[1] < errors[0]
+
+
+def test_allocations_that_cannot_be_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="pass data="):
+        prune(net(), "magnitude", density=0.4, allocation="sensitivity")
+    with pytest.raises(BudgetError, match="fixes it"):
+        prune(net(), "magnitude", pattern="2:4", allocation="erk")
+    with pytest.raises(TargetError, match="no density for 2, 4"):
+        prune(net(), "magnitude", density=0.4, allocation={"0": 0.3})
 
 
 def test_layers_that_do_not_fit_are_all_named_before_anything_changes() -> None:
