@@ -1,0 +1,174 @@
+"""prune, pack and bench from end to end on tiny models, and a pruning run that is killed and goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import llama, record
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+
+
+def zeros(folder: Path, part: str = "_proj") -> dict[str, float]:
+    """Fraction of zeros per weight whose name holds `part`."""
+    held = load_file(folder / "model.safetensors")
+    return {n: float((w == 0).float().mean()) for n, w in held.items() if part in n and w.dim() == 2}
+
+
+def test_wanda_2_4_on_a_llama(gossamer, llama_folder, text_file, tmp_path):
+    out = tmp_path / "out"
+    flags = ("--method", "wanda", "--pattern", "2:4", "--data", text_file, "--samples", 8, "--length", 16)
+    held = record(gossamer("prune", llama_folder, *flags, "--out", out, "--json"))
+    assert held["density"] == 0.5
+    assert held["resumed_layers"] == 0
+    assert held["next"].startswith("gossamer pack")
+    assert set(zeros(out).values()) == {0.5}
+    for name, w in load_file(out / "model.safetensors").items():
+        if "_proj" in name:
+            assert ((w.view(w.shape[0], -1, 4) != 0).sum(-1) == 2).all()
+    assert not (out / ".work").exists()
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model(**tokenizer("word1 word2", return_tensors="pt")).logits.isfinite().all()
+
+
+def test_a_recipe_says_the_same_as_flags_and_flags_win(gossamer, llama_folder, text_file, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"model: {llama_folder}\nmethod: sparsegpt\nsparsity: 0.75\ndata: {text_file}\nsamples: 4\nlength: 16\n"
+        "skip: ['*down_proj']\noptions: {damping: 0.1}\n"
+    )
+    record(gossamer("prune", "--recipe", file, "--out", tmp_path / "a", "--json"))
+    flags = ("--method", "sparsegpt", "--sparsity", 0.75, "--data", text_file, "--samples", 4, "--length", 16)
+    flags += ("--skip", "*down_proj", "--option", "damping=0.1")
+    record(gossamer("prune", llama_folder, *flags, "--out", tmp_path / "b", "--json"))
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    assert all(z == (0.0 if "down" in n else 0.75) for n, z in zeros(tmp_path / "a").items())
+    over = record(gossamer("prune", "--recipe", file, "--density", 0.5, "--out", tmp_path / "c", "--json"))
+    assert over["density"] == pytest.approx(0.5)
+
+
+def test_yaml_does_not_turn_2_4_into_a_number(gossamer, llama_folder, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: {llama_folder}\nmethod: magnitude\npattern: 2:4\nout: {tmp_path / 'o'}\n")
+    assert record(gossamer("prune", "--recipe", file, "--json"))["density"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("methd: wanda", "'method'"),
+        ("samples: many", "whole number"),
+        ("- wanda", "mapping"),
+        ("density: [1]", "number from 0 to 1"),
+        ("method: [", "cannot be read"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(gossamer, tmp_path, text, says):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    result = gossamer("prune", "minilm", "--recipe", file, "--out", tmp_path / "o")
+    assert result.exit_code == 3
+    assert says in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--method", "wanda"), "--data"),
+        (("--method", "magnitude", "--density", 0.5, "--sparsity", 0.5), "same thing"),
+        (("--method", "magnitude", "--option", "damp=1"), "no option 'damp'"),
+        (("--method", "magnitude", "--option", "damp"), "NAME=VALUE"),
+        (("--method", "magnitude", "--pattern", "2:5", "--targets", "*q_proj"), "do not fit"),
+        (("--method", "magnitude", "--targets", "*q_prok"), "q_proj"),
+        (("--method", "gradual_magnitude"), "--option"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_words(gossamer, llama_folder, tmp_path, flags, says):
+    result = gossamer("prune", llama_folder, *flags, "--out", tmp_path / "o")
+    assert result.exit_code == 3, result.stderr + result.stdout
+    assert says in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_folder_with_something_in_it_is_kept(gossamer, llama_folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    flags = ("--method", "magnitude", "--out", out)
+    assert gossamer("prune", llama_folder, *flags).exit_code == 3
+    assert (out / "thesis.txt").read_text() == "mine"
+    assert gossamer("prune", llama_folder, *flags, "--overwrite").exit_code == 0
+    assert sorted(zeros(out).values())[0] == 0.5
+
+
+def test_an_encoder_is_calibrated_on_lines_packed_and_timed(gossamer, bert_folder, text_file, tmp_path):
+    import gossamer as library
+
+    pruned, packed = tmp_path / "pruned", tmp_path / "packed"
+    flags = ("--method", "wanda", "--sparsity", 0.8, "--pattern", "4-row", "--data", text_file, "--samples", 12)
+    record(gossamer("prune", bert_folder, *flags, "--out", pruned, "--json"))
+    held = record(gossamer("pack", pruned, "--out", packed, "--tokens", 16, "--json"))
+    assert len(held["layers"]) == 13
+    assert all(layer["reason"] for layer in held["layers"])
+    assert held["load_lines"][0] == f'model = gossamer.load("{packed}")'
+
+    from transformers import AutoModel
+
+    ids = torch.arange(8)[None]
+    want = AutoModel.from_pretrained(pruned).eval()(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(library.load(packed)(input_ids=ids).last_hidden_state, want, rtol=1e-4, atol=1e-5)
+
+    timed = record(gossamer("bench", packed, "--threads", "1", "--tokens", 16, "--repeats", 3, "--json"))
+    engines = {line["engine"]: line for line in timed["lines"]}
+    assert engines["torch"]["ms"] > 0
+    plain = gossamer("bench", pruned, "--threads", "1", "--tokens", 16, "--repeats", 3)
+    assert plain.exit_code == 0
+    assert "torch" in plain.stdout
+
+
+def test_a_window_longer_than_the_model_is_refused(gossamer, bert_folder, tmp_path):
+    result = gossamer("pack", bert_folder, "--out", tmp_path / "p", "--tokens", 65)
+    assert result.exit_code == 3
+    assert "64" in result.stderr
+    assert gossamer("bench", bert_folder, "--threads", "0").exit_code == 3
+
+
+def finished(work: Path) -> int:
+    return len(list(work.glob("*.pruned.safetensors")))
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(gossamer, text_file, tmp_path):
+    model, out = llama(tmp_path / "model", width=64, layers=8), tmp_path / "out"
+    args = ["prune", model, "--method", "sparsegpt", "--sparsity", 0.5, "--data", text_file]
+    args += ["--samples", 8, "--length", 32, "--out"]
+    order = [sys.executable, "-m", "gossamer", *map(str, args), str(out)]
+    run = subprocess.Popen(order, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    until = time.monotonic() + 60
+    while finished(out / ".work") < 5 and run.poll() is None and time.monotonic() < until:
+        time.sleep(0.002)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    before = finished(out / ".work")
+    assert 5 <= before < 56, f"the run was to be killed in the middle; {before} of 56 layers were finished"
+    assert not (out / "model.safetensors").exists()
+
+    other = gossamer(*args, out, "--seed", 1)
+    assert other.exit_code == 3
+    assert "seed" in other.stderr
+
+    resumed = gossamer(*args, out, "--json")
+    held = json.loads(resumed.stdout)
+    assert held["resumed_layers"] == before
+    record(gossamer(*args, tmp_path / "whole", "--json"))
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    assert not (out / ".work").exists()
