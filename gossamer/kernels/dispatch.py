@@ -36,10 +36,8 @@ class Call:
         rows, cols = self.fmt.shape
         dtype = str(self.dtype).removeprefix("torch.")
         tokens = "any number of" if self.tokens is None else self.tokens
-        return (
-            f"{self.fmt.name} {rows}x{cols} at density {self.fmt.density:.3g}, "
-            f"{tokens} tokens, {dtype} on {self.device}"
-        )
+        density = "unknown" if self.fmt.values.is_meta else f"{self.fmt.density:.3g}"
+        return f"{self.fmt.name} {rows}x{cols} at density {density}, {tokens} tokens, {dtype} on {self.device}"
 
 
 class Runner(Protocol):

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from gossamer.core.errors import FormatError
 from gossamer.formats import Format, format_from, format_named
 from gossamer.kernels.dispatch import Plan, resolve
-from gossamer.kernels.reference import activate
+from gossamer.kernels.reference import activation_gradient
 
 LIBRARY = torch.library.Library("gossamer", "DEF")
 LIBRARY.define(
@@ -184,22 +184,20 @@ def _backward(
     fmt = _unchecked({name: part.detach() for name, part in _named(parts, meta).items()}, meta)
     w_MK, tokens = fmt.to_dense(), x.shape[:-1].numel()
     x_TK, grad_TM = x.reshape(tokens, fmt.cols), grad.reshape(tokens, fmt.rows)
-    dz_TM = _through_activation(grad_TM, x_TK, w_MK, bias, activation)
-    none = x.new_empty(0)
-    return (
-        (dz_TM @ w_MK).view(x.shape) if need_x else none,
-        fmt.gather(dz_TM.t() @ x_TK).contiguous() if need_values else none,
-        dz_TM.sum(0) if need_bias else none.clone(),
-    )
+    with torch.autocast(x.device.type, enabled=False):
+        dz_TM = _through_activation(grad_TM, x_TK, w_MK, bias, activation)
+        return (
+            (dz_TM @ w_MK).view(x.shape) if need_x else x.new_empty(0),
+            fmt.gather(dz_TM.t() @ x_TK).contiguous() if need_values else x.new_empty(0),
+            dz_TM.sum(0) if need_bias else x.new_empty(0),
+        )
 
 
 def _through_activation(grad_TM: Tensor, x_TK: Tensor, w_MK: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """The gradient before the activation; its input is computed again rather than kept."""
     if activation == "none":
         return grad_TM
-    with torch.enable_grad():
-        z_TM = linear(x_TK.detach(), w_MK, None if bias is None else bias.detach()).requires_grad_()
-        return torch.autograd.grad(activate(z_TM, activation), z_TM, grad_TM)[0]
+    return activation_gradient(grad_TM, linear(x_TK, w_MK, bias), activation)
 
 
 def _fake_backward(grad, x, parts, meta, bias, activation, need_x, need_values, need_bias):
@@ -229,8 +227,15 @@ def _autograd(ctx, grad):
     return dx if need_x else None, dparts, None, dbias if need_bias else None, None, None, None
 
 
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError(
+        "gossamer::sparse_linear has first derivatives only; for second ones differentiate the dense layer, unpack()"
+    )
+
+
 LIBRARY.impl("sparse_linear", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("sparse_linear_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("gossamer::sparse_linear", _fake, lib=LIBRARY)
 torch.library.register_fake("gossamer::sparse_linear_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_autograd("gossamer::sparse_linear", _autograd, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd("gossamer::sparse_linear_backward", _no_second_derivative, lib=LIBRARY)

@@ -100,6 +100,22 @@ def test_gradient_only_where_wanted():
     assert not plain.requires_grad
 
 
+def test_second_derivatives_are_refused_in_words():
+    fmt, _, x, bias = example("csr")
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(sparse_linear(x, fmt, bias, activation="silu").sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        dx.sum().backward()
+
+
+def test_backward_inside_autocast_keeps_its_precision():
+    fmt, w, x, bias = example("csr")
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        sparse_linear(x, fmt, bias).sum().backward()
+    torch.testing.assert_close(x.grad, w.sum(0).expand_as(x), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", BUILDS)
 def test_compiles_into_one_graph(name):
     fmt, w, x, bias = example(name)

@@ -204,6 +204,7 @@ def test_compiled_training_step():
 def test_meta_tensors_give_shapes(name):
     packed = PackedLinear.from_linear(sparse_layer(), BUILDS[name]).to("meta")
     assert packed(torch.zeros(2, 20, device="meta")).shape == (2, 13)
+    assert "density unknown" in packed.explain()
 
 
 def test_inside_autocast_and_inference_mode():

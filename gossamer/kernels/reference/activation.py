@@ -30,3 +30,18 @@ def activation_named(name: str) -> str:
 def activate(z: Tensor, name: str) -> Tensor:
     """Apply the activation of that name."""
     return ACTIVATIONS[activation_named(name)](z)
+
+
+# torch's own derivatives, called directly: an operator's backward runs below autograd.
+GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "none": lambda grad, z: grad,
+    "relu": lambda grad, z: torch.ops.aten.threshold_backward(grad, z, 0),
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    "silu": torch.ops.aten.silu_backward,
+}
+
+
+def activation_gradient(grad: Tensor, z: Tensor, name: str) -> Tensor:
+    """The gradient before the activation, from the gradient after it and the activation's input z."""
+    return GRADIENTS[activation_named(name)](grad, z)
