@@ -98,13 +98,20 @@ def _phrases(run: Run, setting: Setting) -> Iterable[Phrase]:
         row = fastest(run, setting, unit)
         rival = best_dense(run, row.threads, unit)
         if rival is not None:
-            how = f"{row.threads} thread{'s' if row.threads > 1 else ''}" + (f", {unit}" if len(units) > 1 else "")
+            how = f"{row.threads} thread{'s' if row.threads > 1 else ''}" + (
+                f", {_kind(unit)}" if len(units) > 1 else ""
+            )
             against = f"{rival.engine} ({how})"
             times = speedup(run, row) or 0.0
             yield _times(times, f"faster than {against}", f"slower than {against}", f"the speed of {against}")
     smaller = _ratio(run.dense.bytes_disk, setting.bytes_disk)
     yield _times(smaller, "smaller on disk", "larger on disk", "the size on disk")
     yield _quality(run.dense, setting)
+
+
+def _kind(unit: str) -> str:
+    """What sets a unit apart from the others: "prompt" of "tokens/s (prompt)"."""
+    return unit.partition("(")[2].rstrip(")") or unit
 
 
 def _times(ratio: float, better: str, worse: str, same: str) -> Phrase:
