@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from gossamer.core.errors import DispatchError, FormatError, UnknownName
 from gossamer.formats.bitmask import Bitmask
@@ -16,9 +16,9 @@ ATOL = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 EXACT = {
     "none": lambda z: z,
     "relu": torch.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "silu": F.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda z: functional.gelu(z, approximate="tanh"),
+    "silu": functional.silu,
 }
 
 

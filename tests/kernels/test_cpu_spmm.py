@@ -8,9 +8,9 @@ from copy import deepcopy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from gossamer.core.errors import FormatError, UnknownName
 from gossamer.kernels.cpu import spmm as product
@@ -20,9 +20,9 @@ from gossamer.kernels.cpu.stream import default_block, stream
 EXACT = {
     "none": lambda z: z,
     "relu": torch.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "silu": F.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda z: functional.gelu(z, approximate="tanh"),
+    "silu": functional.silu,
 }
 ATOL = {torch.float32: 2e-6}
 
@@ -167,7 +167,7 @@ def test_convolution_matches_torch(g, kernel, padding, high, wide, threads):
     x, around = poisoned(2, 6, high, wide)
     x.copy_(torch.randn(2, 6, high, wide))
     bias = torch.randn(22)
-    exact = F.conv2d(x.double(), w.double().view(22, 6, *kernel), bias.double(), padding=padding)
+    exact = functional.conv2d(x.double(), w.double().view(22, 6, *kernel), bias.double(), padding=padding)
     y, around_y = poisoned(*exact.shape)
     spmm_conv(weight, x, kernel, padding, bias, out=y)
     assert float((y.double() - exact).abs().max()) < 1e-4

@@ -150,18 +150,17 @@ def store_batch(args, image, first, tokens, row, rows, sums, sums_row):
 
 
 def widest(g: int) -> int:
-    """Vectors of a full register tile for groups of g rows: most of the register file, the rest for x."""
-    registers = 32 if LANES in (16, 4) else 16
-    if registers == 16:
-        return {1: 4, 2: 4, 4: 2, 8: 1}[g]
-    return {1: 4, 2: 4, 4: 4, 8: 2}[g]
+    """Vectors of a full register tile for groups of g rows: most of the register file, the rest for x (measured)."""
+    if LANES == 8:
+        return {1: 6, 2: 4, 4: 3, 8: 1}[g]
+    return {1: 6, 2: 6, 4: 5, 8: 3}[g]
 
 
 @functools.cache
 def kernel(g: int, index_bytes: int) -> Entry:
     """The compiled product for groups of g rows and 2- or 4-byte indices."""
     G, B, L = g, index_bytes, LANES
-    V2, V3, V4 = (min(v, widest(g)) for v in (2, 3, 4))
+    V2, V3, V4, V5, V6 = (min(v, widest(g)) for v in (2, 3, 4, 5, 6))
 
     def spmm_kernel(pointer):
         args = address_of(pointer)
@@ -223,8 +222,12 @@ def kernel(g: int, index_bytes: int) -> Entry:
                             tile(G, V2, L, B, fresh, e, s, indices, values, panel, step, to, sums_row)
                         elif v1 - v0 == 3:
                             tile(G, V3, L, B, fresh, e, s, indices, values, panel, step, to, sums_row)
-                        else:
+                        elif v1 - v0 == 4:
                             tile(G, V4, L, B, fresh, e, s, indices, values, panel, step, to, sums_row)
+                        elif v1 - v0 == 5:
+                            tile(G, V5, L, B, fresh, e, s, indices, values, panel, step, to, sums_row)
+                        else:
+                            tile(G, V6, L, B, fresh, e, s, indices, values, panel, step, to, sums_row)
                     if block == blocks - 1:
                         left = min(BATCH, rows - batch * BATCH)
                         store_batch(args, image, first, count, batch * BATCH, left, at, sums_row)

@@ -9,8 +9,8 @@ import struct
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gossamer.core.errors import FormatError, unknown
 from gossamer.kernels.cpu.stream import GROUPS, Stream
@@ -138,8 +138,11 @@ def _plan(stream: Stream, key: tuple, layout: _Layout, code: int, threads: int) 
         indices_at, index_bytes = layout.offsets_E.data_ptr(), 4
     entry, width = _kernel(stream.g, index_bytes), lanes()
     vectors, most = -(-layout.tokens // width), _widest[stream.g]
+    if in_panels := _PANEL_MAJOR in (layout.x_kind, layout.y_kind):
+        # Tiles must not straddle two panels of four vectors.
+        most = 1 << (min(4, most).bit_length() - 1)
     panels, per_panel = -(-vectors // most), panel_width() // width
-    wide = most if _PANEL_MAJOR in (layout.x_kind, layout.y_kind) else -(-vectors // panels)
+    wide = most if in_panels else -(-vectors // panels)
     batches = -(-stream.rows // _BATCH)
     chunks = _chunks(panels * layout.images, batches, threads)
     tasks = panels * layout.images * chunks
@@ -342,7 +345,7 @@ def spmm_conv(
     channels, rest = divmod(stream.cols, kh * kw)
     fits = x_CHW.dim() in (3, 4) and rest == 0 and x_CHW.shape[-3] == channels
     need_floats("x", x_CHW, f"[..., {stream.cols}/({kh}*{kw}), H, W]", fits)
-    x_padded = F.pad(x_CHW, (pw, pw, ph, ph)) if ph or pw else x_CHW
+    x_padded = pad(x_CHW, (pw, pw, ph, ph)) if ph or pw else x_CHW
     high, wide = x_padded.shape[-2:]
     out_high, out_wide = high - kh + 1, wide - kw + 1
     if out_high <= 0 or out_wide <= 0:

@@ -1,0 +1,50 @@
+"""What our solvers share: weights to streams, and a stack run layer after layer through ordinary tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.spmm.stacks import Stack
+from gossamer.kernels.cpu.spmm import empty_panels, spmm, spmm_columns, spmm_conv
+from gossamer.kernels.cpu.stream import Stream, stream
+
+
+def to_stream(w_MK: Tensor, g: int) -> Stream:
+    """Compress a matrix whose groups of g rows share their kept columns."""
+    rows, cols = w_MK.shape
+    kept = (w_MK != 0).view(rows // g, g, cols).any(1)
+    group_E, column_E = kept.nonzero(as_tuple=True)
+    indptr = torch.zeros(rows // g + 1, dtype=torch.int32)
+    indptr[1:] = kept.sum(1).cumsum(0)
+    values = w_MK.view(rows // g, g, cols)[group_E, :, column_E].contiguous()
+    return stream(g, rows, cols, indptr, column_E.to(torch.uint16), values)
+
+
+def prepare(stack: Stack, threads: int, g: int, *, in_panels: bool = False):
+    """Layers one after the other; with `in_panels` the MLP's hidden activations keep the kernels' own layout."""
+    torch.set_num_threads(threads)
+    layers = [(to_stream(layer.w_MK, g), layer) for layer in stack.layers]
+
+    def mlp():
+        x = stack.x
+        for i, (weight, layer) in enumerate(layers):
+            inner = in_panels and i + 1 < len(layers)
+            out = empty_panels(stack.x.shape[0], weight.rows) if inner else None
+            out = torch.empty(stack.x.shape[0], weight.rows) if out is None else out
+            x = spmm(weight, x, layer.bias_M, layer.activation, out)
+        return x
+
+    def pointwise():
+        x = stack.x[0].flatten(1)
+        for weight, layer in layers:
+            x = spmm_columns(weight, x, layer.bias_M, layer.activation)
+        return x.view(1, -1, *stack.x.shape[2:])
+
+    def spatial():
+        x = stack.x
+        for weight, layer in layers:
+            x = spmm_conv(weight, x, (3, 3), (1, 1), layer.bias_M, layer.activation)
+        return x
+
+    return {"mlp": mlp, "conv1x1": pointwise, "conv3x3": spatial}[stack.name]
