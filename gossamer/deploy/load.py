@@ -16,6 +16,7 @@ from ..core.errors import DispatchError, FileDamaged, FormatError, TargetError, 
 from ..formats import format_from
 from ..nn.linear import PackedLinear
 from .fuse import FusedActivation, put
+from .measure import reasons_in
 from .record import PackReport
 from .save import FORMAT_VERSION, RECORD, TENSORS, file_digest, seal_of, tensor_digest
 from .skeleton import build
@@ -263,6 +264,6 @@ def _plan(model: nn.Module) -> None:
                 "layer %s was saved for %s, which cannot run here (%s); it runs on %s",
                 name,
                 recorded,
-                str(error).splitlines()[-1].strip(),
+                reasons_in(error),
                 layer.plan.kernel,
             )

@@ -62,7 +62,7 @@ def measure(product: Product, candidates: Sequence[Candidate], repeats: int, *, 
         try:
             plan = resolve(candidate.build(product.w_MK), tokens=product.planned_tokens, backend=candidate.backend)
         except (DispatchError, FormatError) as error:
-            refused[candidate] = _short(error)
+            refused[candidate] = reasons_in(error)
             continue
         reason = _wrong(plan, product, inputs, wanted)
         if reason is None:
@@ -116,7 +116,7 @@ def _way(plan: Plan, product: Product, x_TK: Tensor):
     return lambda: plan.run(x_TK, product.bias_M, product.activation)
 
 
-def _short(error: Exception) -> str:
+def reasons_in(error: Exception) -> str:
     """The reasons out of dispatch's message: its lines are "  backend/name: reason"."""
     lines = [line.strip() for line in str(error).splitlines() if line.startswith("  ")]
     own = [line.split(": ", 1)[-1] for line in lines if ": serves " not in line]

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import sys
 
 import pytest
 import torch
@@ -149,12 +150,7 @@ def test_a_pruned_model_is_stored_without_its_zeros_and_comes_back_dense(tmp_pat
     assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
     assert not any(isinstance(m, PackedLinear) for m in loaded.modules())
     size, dense = (path / "model.safetensors").stat().st_size, sum(p.numel() for p in model.parameters())
-    header = json.loads(
-        (path / "model.safetensors").read_bytes()[8:][
-            : int.from_bytes((path / "model.safetensors").read_bytes()[:8], "little")
-        ]
-    )
-    assert header and disk_bytes(model) < 0.75 * dense * dtype.itemsize and size - disk_bytes(model) < 20_000
+    assert disk_bytes(model) < 0.75 * dense * dtype.itemsize and size - disk_bytes(model) < 20_000
 
 
 def test_bytes_on_disk_are_as_reported(packed, folder):
@@ -254,9 +250,6 @@ def test_no_class_is_imported_from_a_record(folder):
 
 
 def test_a_full_disk_leaves_nothing_behind(packed, tmp_path, monkeypatch):
-    import sys
-
-    from gossamer.deploy import save as function  # noqa: F401
 
     module = sys.modules["gossamer.deploy.save"]
 
@@ -271,8 +264,6 @@ def test_a_full_disk_leaves_nothing_behind(packed, tmp_path, monkeypatch):
 
 
 def test_a_failed_save_keeps_the_earlier_one(packed, folder, ids, monkeypatch):
-    import sys
-
     def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -304,7 +295,7 @@ def test_masks_must_be_removed_first(tmp_path):
 def test_a_backend_this_machine_lacks_gives_way_and_says_so(packed, folder, ids, monkeypatch, caplog):
     from gossamer.kernels import sparse
 
-    monkeypatch.setattr(sparse, "cannot_run_here", lambda name: "this processor is too old")
+    monkeypatch.setattr(sparse.Spmm, "refuse", staticmethod(lambda call: "this processor is too old"))
     with caplog.at_level(logging.WARNING, logger="gossamer"):
         loaded = gossamer.load(folder, model=Net())
     assert "too old" in caplog.text and loaded.a.plan.backend != "cpu"
