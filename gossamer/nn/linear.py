@@ -36,6 +36,7 @@ class PackedLinear(nn.Module):
         activation: applied to the result: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
         backend: insist on a backend by name; None takes the first that serves.
         tokens: rows of x expected per call, where known; None for any number.
+        transposed: the dense layer stores its weight as [K, M], as `Conv1D` does; `unpack` gives that back.
 
     Raises:
         FormatError: the bias does not have M entries.
@@ -49,6 +50,9 @@ class PackedLinear(nn.Module):
         torch.Size([2, 3])
     """
 
+    values: Tensor
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         fmt: Format,
@@ -57,13 +61,14 @@ class PackedLinear(nn.Module):
         activation: str = "none",
         backend: str | None = None,
         tokens: int | None = None,
+        transposed: bool = False,
     ) -> None:
         super().__init__()
         if bias is not None and tuple(bias.shape) != (fmt.rows,):
             raise FormatError(f"the bias must have {fmt.rows} entries like the rows, got shape {tuple(bias.shape)}")
         self.out_features, self.in_features = fmt.shape
         self.activation, self.backend, self.tokens = activation_named(activation), backend, tokens
-        self.transposed = False
+        self.transposed = transposed
         self._record, self._like, self._names = record(fmt), fmt.with_parts(_hollow(fmt)), fmt.PARTS
         for name, part in fmt.parts().items():
             self.register_buffer(name, part)
@@ -100,8 +105,7 @@ class PackedLinear(nn.Module):
         """
         weight, bias, transposed = _weight_of(linear)
         stored = _stored(weight, fmt, support_mask)
-        packed = cls(stored, bias, activation=activation, backend=backend, tokens=tokens)
-        packed.transposed = transposed
+        packed = cls(stored, bias, activation=activation, backend=backend, tokens=tokens, transposed=transposed)
         return packed.train(linear.training) if isinstance(linear, nn.Module) else packed
 
     @property
