@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from gossamer.core.errors import DispatchError, FormatError, UnknownName
 from gossamer.formats.bitmask import Bitmask
-from gossamer.kernels.cpu import target
+from gossamer.kernels.cpu import decode, target
 from gossamer.kernels.cpu.decode import bitmask_matvec
 
 needs_expand = pytest.mark.skipif(target.supports("bitmask") is not None, reason=str(target.supports("bitmask")))
@@ -20,6 +20,11 @@ EXACT = {
     "gelu_tanh": lambda z: functional.gelu(z, approximate="tanh"),
     "silu": functional.silu,
 }
+
+
+@pytest.fixture(autouse=True)
+def wake_threads_for_any_work(monkeypatch):
+    monkeypatch.setattr(decode, "GRAIN", 1)
 
 
 @pytest.fixture(params=[1, 2])
@@ -119,8 +124,6 @@ def test_wrong_inputs_are_refused_by_name():
 
 
 def test_other_processors_are_told_why(monkeypatch):
-    from gossamer.kernels.cpu import decode
-
     monkeypatch.setattr(target, "features", lambda: frozenset({"avx2", "fma"}))
     monkeypatch.setattr(decode, "_kernels", {})
     assert "AVX-512" in target.supports("bitmask") and target.supports("spmm") is None

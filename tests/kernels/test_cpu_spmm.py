@@ -27,6 +27,11 @@ EXACT = {
 ATOL = {torch.float32: 2e-6}
 
 
+@pytest.fixture(autouse=True)
+def wake_threads_for_any_work(monkeypatch):
+    monkeypatch.setattr(product, "GRAIN", 1)
+
+
 @pytest.fixture(params=[1, 2])
 def threads(request):
     before = torch.get_num_threads()
@@ -185,6 +190,7 @@ def test_same_bits_on_every_run_and_thread_count(g):
 
 
 def test_four_python_threads_at_once():
+    torch.set_num_threads(2)
     work = []
     for seed in range(4):
         weight, _ = weights(60 + seed, 90, 4 if seed % 2 else 1, 0.3, seed=seed)
@@ -197,6 +203,14 @@ def test_four_python_threads_at_once():
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(run, work))
+
+
+def test_small_work_stays_on_the_calling_thread(monkeypatch):
+    weight, _ = weights(64, 64, 1, 0.5)
+    monkeypatch.setattr(product, "GRAIN", 10**9)
+    torch.set_num_threads(2)
+    spmm(weight, torch.randn(8, 64))
+    assert [plan.threads for plan in weight.plans.values()] == [1]
 
 
 def test_zero_sizes():

@@ -15,7 +15,6 @@ import numpy as np
 from llvmlite import ir
 
 NONE, RELU, GELU, GELU_TANH, SILU = range(5)
-CODES = {"none": NONE, "relu": RELU, "gelu": GELU, "gelu_tanh": GELU_TANH, "silu": SILU}
 
 _F32 = ir.FloatType()
 _I32 = ir.IntType(32)

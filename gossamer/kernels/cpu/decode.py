@@ -16,6 +16,8 @@ from gossamer.kernels.cpu.target import supports
 from gossamer.kernels.cpu.workplace import workplace
 
 MOST_TOKENS = 8
+# Mask bits that pay for waking one more thread: about ten microseconds of work.
+GRAIN = 300_000
 _pack_into = struct.Struct("=19q").pack_into
 _kernels: dict[tuple[int, int], object] = {}
 _zero_bias: dict[int, Tensor] = {}
@@ -109,16 +111,14 @@ def _check(bits, offsets, values, rows, cols, x_TK, bias_M) -> None:
 
 
 def _launch(bits, offsets, values, rows, cols, x_TK, bias_M, code, y_TM) -> None:
-    tokens, wanted = x_TK.shape[0], torch.get_num_threads()
+    tokens, width = x_TK.shape[0], 16 * -(-cols // 16)
     padded = 1 << (tokens - 1).bit_length()
     entry = _kernel(padded, values.element_size())
-    # Rows per task: four tasks a thread even out the load; whole cache lines of y, sixteen floats, are kept together.
-    each = (
-        max(16, min(1024, -(-rows // (4 * wanted) + 15) // 16 * 16)) if wanted > 1 else min(1024, -(-rows // 16) * 16)
-    )
+    wanted = max(1, min(torch.get_num_threads(), rows * width // GRAIN))
+    # Rows per task: four tasks a thread even out the load; whole cache lines of y, sixteen floats, stay together.
+    each = min(1024, 16 * -(-rows // (16 * (4 * wanted if wanted > 1 else 1))))
     tasks = -(-rows // each)
     threads = min(wanted, tasks)
-    width = 16 * -(-cols // 16)
     scratch_bytes = 4 * padded * (width + each) + 64
     place = workplace
     scratch = place.scratch_of(scratch_bytes * threads)

@@ -24,6 +24,8 @@ _pack_into = struct.Struct("=6q232s").pack_into
 _pack_plan = struct.Struct("=29q").pack
 # Plans kept per weight; serving many different sizes of x starts over beyond this.
 _MOST_PLANS = 128
+# Multiply-adds that pay for waking one more thread: about ten microseconds of work.
+GRAIN = 500_000
 # Rows that a kernel finishes together (`panels.BATCH`): wide enough that y is written in runs of four cache lines.
 _BATCH = 64
 
@@ -144,6 +146,8 @@ def _plan(stream: Stream, key: tuple, layout: _Layout, code: int, threads: int) 
     panels, per_panel = -(-vectors // most), panel_width() // width
     wide = most if in_panels else -(-vectors // panels)
     batches = -(-stream.rows // _BATCH)
+    work = stream.values_EG.numel() * layout.tokens * layout.images
+    threads = max(1, min(threads, work // GRAIN))
     chunks = _chunks(panels * layout.images, batches, threads)
     tasks = panels * layout.images * chunks
     columns = layout.depth or stream.cols
