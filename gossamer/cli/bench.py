@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,12 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from .pack import whole_numbers
-from .screen import Json, bar, emit, waiting
+from .screen import Json, Report, bar, emit, waiting
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from .models import Loaded
+
+OURS = "gossamer"
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Line:
     ms: float
     iqr: float
     per_second: float
-    dense: bool
     speedup: float = 1.0
+    note: str = ""
 
 
 def bench(
@@ -45,11 +47,13 @@ def bench(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens per text.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Texts or pictures per call.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; engines take turns within each.")] = 15,
+    engines: Annotated[bool, typer.Option("--engines", help="Beside all dense engines here; takes minutes.")] = False,
     as_json: Json = False,
 ) -> None:
     """Time a model; a packed one beside the same weights run densely by torch.
 
-    Engines take turns in every round, so that a busy machine is unfair to none; medians are shown.
+    Engines take turns in every round, so that a busy machine is unfair to none; medians are shown. With --engines,
+    onnxruntime and OpenVINO run the same dense weights too, each engine in a process of its own.
 
     Example: gossamer bench small-packed --threads 1,2
     """
@@ -60,15 +64,14 @@ def bench(
         loaded = models.load(model)
         inputs = models.example(loaded, tokens=tokens, batch=batch)
         ways = _ways(loaded)
+    measure = _beside_engines if engines else _by_turns
     work = batch * (tokens if loaded.tokenizer is not None or isinstance(inputs, Mapping) else 1)
     unit = "tokens/s" if isinstance(inputs, Mapping) else "pictures/s"
-    lines = []
     with bar("timing") as progress:
-        for done, count in enumerate(counts, 1):
-            lines += _time(ways, inputs, count, repeats, work)
-            progress(f"{count} threads", done, len(counts))
+        lines = measure(ways, inputs, counts, repeats, work, progress)
     record = {"model": model, "tokens": tokens, "batch": batch, "unit": unit, "lines": [asdict(n) for n in lines]}
-    emit(as_json, record, _table(lines, unit, model))
+    notes = dict.fromkeys(f"{line.engine}: {line.note}" for line in lines if line.note)
+    emit(as_json, record, _table(lines, unit, model), *notes)
 
 
 def _ways(loaded: Loaded) -> dict[str, nn.Module]:
@@ -78,31 +81,71 @@ def _ways(loaded: Loaded) -> dict[str, nn.Module]:
 
     if not packed_layers(loaded.model):
         return {"torch": loaded.model}
-    return {"gossamer": loaded.model, "torch": unpack(loaded.model)}
+    return {OURS: loaded.model, "torch": unpack(loaded.model)}
 
 
-def _time(
-    ways: Mapping[str, nn.Module], inputs: Mapping[str, Tensor] | Tensor, threads: int, repeats: int, work: int
+Ways = "Mapping[str, nn.Module]"
+Inputs = "Mapping[str, Tensor] | Tensor"
+
+
+def _by_turns(
+    ways: Ways, inputs: Inputs, counts: Sequence[int], repeats: int, work: int, progress: Report
 ) -> list[Line]:
+    """In this process, one thread count after the other."""
+    lines = []
+    for done, count in enumerate(counts, 1):
+        lines += _at(ways, inputs, count, repeats, work)
+        progress(f"{count} threads", done, len(counts))
+    return lines
+
+
+def _beside_engines(
+    ways: Ways, inputs: Inputs, counts: Sequence[int], repeats: int, work: int, progress: Report
+) -> list[Line]:
+    """Each engine in a process of its own, the best dense one to be set against."""
+    from ..deploy.engines import measure_engines
+
+    packed = {OURS: ways[OURS]} if OURS in ways else {}
+    speeds = measure_engines(
+        ways["torch"], inputs, packed=packed, threads=counts, seconds_each=0.2 * repeats, progress=progress
+    )
+    dense = [s for s in speeds if s.engine != OURS and s.batch_ms]
+    best = {count: min((s.batch_ms for s in dense if s.threads == count), default=0.0) for count in counts}
+    per_item = work / speeds[0].batch
+    return [
+        Line(
+            s.engine,
+            s.threads,
+            s.batch_ms or 0.0,
+            s.batch_iqr or 0.0,
+            per_item * (s.throughput or 0.0),
+            best[s.threads] / s.batch_ms if s.batch_ms else 0.0,
+            s.note,
+        )
+        for s in sorted(speeds, key=lambda s: s.threads)
+    ]
+
+
+def _at(ways: Ways, inputs: Inputs, threads: int, repeats: int, work: int) -> list[Line]:
     from ..deploy.examples import call
     from ..deploy.timing import in_turn, torch_threads
 
     with torch_threads(threads):
         taken = in_turn({n: lambda m=m: call(m, inputs) for n, m in ways.items()}, repeats)
-    best = min((t.ms for name, t in taken.items() if name != "gossamer"), default=None)
-    return [
-        Line(name, threads, t.ms, t.iqr, 1e3 * work / t.ms, name != "gossamer", best / t.ms if best else 1.0)
-        for name, t in taken.items()
-    ]
+    best = taken["torch"].ms
+    return [Line(name, threads, t.ms, t.iqr, 1e3 * work / t.ms, best / t.ms) for name, t in taken.items()]
 
 
 def _table(lines: list[Line], unit: str, model: str) -> Table:
     drawn = Table(title=model, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    drawn.add_column("engine")
-    for name in ("threads", "median ms", "quartiles apart", unit, "vs best dense"):
+    drawn.add_column("engine", no_wrap=True)
+    for name in ("threads", "median", "quartiles apart", unit, "vs best dense"):
         drawn.add_column(name, justify="right")
     for line in lines:
         news = "green" if line.speedup > 1.03 else "red" if line.speedup < 0.97 else ""
-        numbers = (f"{line.ms:.2f}", f"{line.iqr:.2f}", f"{line.per_second:,.0f}")
-        drawn.add_row(line.engine, str(line.threads), *numbers, Text(f"{line.speedup:.2f}×", news))
+        numbers = (f"{line.ms:.2f} ms", f"{line.iqr:.2f}", f"{line.per_second:,.0f}")
+        if line.ms:
+            drawn.add_row(line.engine, str(line.threads), *numbers, Text(f"{line.speedup:.2f}×", news))
+        else:
+            drawn.add_row(line.engine, str(line.threads), "could not run", "", "", "", style="dim")
     return drawn

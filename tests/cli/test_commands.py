@@ -168,3 +168,35 @@ def test_report_makes_the_page_again(gossamer, tmp_path):
     assert "−10.0 points of accuracy" in json.loads(result.stdout)["headline"]
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     assert gossamer("report", tmp_path / "page.html").exit_code == 3
+
+
+def test_demo_prints_the_table_writes_the_page_and_shows_how_to_load(gossamer, tmp_path, monkeypatch):
+    from types import ModuleType
+
+    from gossamer.report import EngineRow, Run, Setting
+
+    asked = {}
+
+    def run(out, *, seconds, progress):
+        asked.update(out=out, seconds=seconds)
+        progress("working", 1, 2)
+        settings = [
+            Setting("dense", {"accuracy": 0.8}, "accuracy", None, 100, 100, 1.0, 0.0),
+            Setting("half", {"accuracy": 0.79}, "accuracy", 0.9, 50, 50, 0.5, 1.0),
+        ]
+        engines = [EngineRow(s.name, "torch", 1, 2.0, (1.9, 2.1), 500.0, "texts/s") for s in settings]
+        return Run("a model", {}, {}, settings, engines, load_lines=['model = gossamer.load("x")', "model(y)"])
+
+    stand_in = ModuleType("gossamer.demos.llm")
+    stand_in.run = run
+    monkeypatch.setitem(sys.modules, "gossamer.demos.llm", stand_in)
+    result = gossamer("demo", "llm", "--out", tmp_path, "--seconds", 7)
+    assert result.exit_code == 0, result.stderr
+    assert asked == {"out": tmp_path, "seconds": 7.0}
+    assert "1.00×" in result.stdout
+    assert 'model = gossamer.load("x")' in result.stdout
+    assert (tmp_path / "report.html").exists()
+    assert (tmp_path / "run.json").exists()
+    held = json.loads(gossamer("demo", "llm", "--out", tmp_path, "--json").stdout)
+    assert held["report"].endswith("report.html")
+    assert gossamer("demo", "llama").exit_code == 2

@@ -1,0 +1,69 @@
+"""What the docs show runs, and what is generated is up to date."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("quickstart.md", "guide/calibration.md", "guide/shrink-schedules.md")
+
+
+def blocks(page: Path) -> str:
+    """The Python of a page as one program."""
+    return "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL))
+
+
+def execute(program: str, where: Path) -> subprocess.CompletedProcess:
+    program = program.replace("from __future__ import annotations\n", "")
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=where,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs(page, tmp_path):
+    run = execute(blocks(ROOT / "docs" / page), tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_paper_in_one_file_of_contributing_works(tmp_path):
+    program = blocks(ROOT / "CONTRIBUTING.md")
+    assert execute(program, tmp_path).returncode == 0
+    # and its hand-worked case can fail
+    broken = program.replace("by_column + by_row", "by_column")
+    assert "AssertionError" in execute(broken, tmp_path).stderr
+
+
+def test_the_page_of_methods_is_made_from_the_registry():
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        from generate import page
+    finally:
+        sys.path.pop(0)
+    assert page() == (ROOT / "docs" / "methods.md").read_text(), "run docs/generate.py (make docs does)"
+
+
+def test_every_page_of_the_guide_is_in_the_navigation():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    guide = next(next(iter(part.values())) for part in nav if "Guide" in part)
+    named = {Path(next(iter(entry.values()))).name for entry in guide}
+    assert {p.name for p in (ROOT / "docs" / "guide").glob("*.md")} <= named
+
+
+def test_the_exit_codes_of_the_docs_are_those_of_the_program():
+    from gossamer.cli import codes
+
+    page = (ROOT / "docs" / "guide" / "cli.md").read_text()
+    shown = {int(n) for n in re.findall(r"^\| (\d+) \|", page, flags=re.MULTILINE)}
+    assert shown == {codes.OK, codes.UNEXPECTED, codes.USAGE, codes.YOURS, codes.ENVIRONMENT, codes.STOPPED}
