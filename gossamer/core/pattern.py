@@ -278,7 +278,7 @@ def pattern(spec: str | Pattern) -> Pattern:
         return Pattern(f"([o] {{{a}}}) ([i] {{{b}}}) ...")
     if re.fullmatch(r"[\w:-]+", text):  # a lone word is a mistyped name, not a one-axis pattern
         known = [*ALIASES, "2:4", "1:4", "4:8", "64:2:8", "2-row", "4-row", "4x4", "4x8"]
-        raise PatternError(f"no pattern is called {spec!r}; {near(text, known)}. Or write one, such as 'o [i]'")
+        raise PatternError(f"no pattern is called {spec!r}; {near(text, known)} (or write one, such as 'o [i]')")
     return Pattern(text)
 
 
