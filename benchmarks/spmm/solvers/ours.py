@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from benchmarks.spmm.stacks import Stack
+from benchmarks.spmm.stacks import Layer, Stack
 from gossamer.kernels.cpu.spmm import empty_panels, spmm, spmm_columns, spmm_conv
 from gossamer.kernels.cpu.stream import Stream, stream
 
 
-def to_stream(w_MK: Tensor, g: int) -> Stream:
+def to_stream(layer: Layer, g: int) -> Stream:
     """Compress a matrix whose groups of g rows share their kept columns."""
+    w_MK = layer.w_MK
     rows, cols = w_MK.shape
     kept = (w_MK != 0).view(rows // g, g, cols).any(1)
     group_E, column_E = kept.nonzero(as_tuple=True)
     indptr = torch.zeros(rows // g + 1, dtype=torch.int32)
     indptr[1:] = kept.sum(1).cumsum(0)
     values = w_MK.view(rows // g, g, cols)[group_E, :, column_E].contiguous()
-    return stream(g, rows, cols, indptr, column_E.to(torch.uint16), values)
+    # Nine columns of a 3x3 kernel read one channel's pixels, so three times as many fit into the first-level cache.
+    block = 432 if layer.kernel == 3 and g == 1 else None
+    return stream(g, rows, cols, indptr, column_E.to(torch.uint16), values, block=block)
 
 
 def prepare(stack: Stack, threads: int, g: int, *, in_panels: bool = False):
     """Layers one after the other; with `in_panels` the MLP's hidden activations keep the kernels' own layout."""
     torch.set_num_threads(threads)
-    layers = [(to_stream(layer.w_MK, g), layer) for layer in stack.layers]
+    layers = [(to_stream(layer, g), layer) for layer in stack.layers]
 
     def mlp():
         x = stack.x

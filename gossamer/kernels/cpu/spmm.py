@@ -6,11 +6,10 @@ Shapes: T tokens, K inputs, M outputs, N columns (pixels), C channels, H and W i
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from gossamer.core.errors import FormatError, unknown
 from gossamer.kernels.cpu.stream import GROUPS, Stream
@@ -20,14 +19,17 @@ from gossamer.kernels.cpu.workplace import workplace
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 _ROW_MAJOR, _COLUMN_MAJOR, _PANEL_MAJOR, _LINES = range(4)
 # The arguments of one call come first, then those of a plan (see `panels.SLOT` and its neighbours).
-_pack_into = struct.Struct("=6q232s").pack_into
-_pack_plan = struct.Struct("=29q").pack
+_pack_into = struct.Struct("=6q280s").pack_into
+_pack_plan = struct.Struct("=35q").pack
 # Plans kept per weight; serving many different sizes of x starts over beyond this.
 _MOST_PLANS = 128
 # Multiply-adds that pay for waking one more thread: about ten microseconds of work.
 GRAIN = 500_000
 # Rows that a kernel finishes together (`panels.BATCH`): wide enough that y is written in runs of four cache lines.
 _BATCH = 64
+
+# A panel of image lines may fill a quarter of a second-level cache of 1 MiB.
+_PANEL_BYTES = 1 << 18
 
 # Constants whose addresses kernels receive: a zero bias, and the lower bounds "none" and "relu".
 _ZEROS = torch.zeros(16)
@@ -97,8 +99,25 @@ def _chunks(places: int, batches: int, threads: int) -> int:
 
 
 @dataclass(frozen=True)
+class _Image:
+    """How a convolution reads its input: panels of whole padded lines, `floats` a channel, and offsets into them."""
+
+    offsets_E: Tensor
+    channels: int
+    panel_lines: int
+    line: int
+    line_kept: int
+    floats: int
+    halo: int
+    high: int
+    wide: int
+    pad_high: int
+    pad_wide: int
+
+
+@dataclass(frozen=True)
 class _Layout:
-    """How x and y lie in memory. Strides are in bytes; a convolution copies `copy_width` floats per channel."""
+    """How x and y lie in memory; strides are in bytes. A convolution's tokens are the lines of its output."""
 
     tokens: int
     x_kind: int
@@ -108,11 +127,7 @@ class _Layout:
     images: int = 1
     x_image: int = 0
     y_image: int = 0
-    copy_width: int = 0
-    depth: int = 0
-    line: int = 0
-    line_kept: int = 0
-    offsets_E: Tensor | None = None
+    image: _Image | None = None
 
 
 @dataclass(frozen=True)
@@ -135,34 +150,36 @@ def _known(stream: Stream, key: tuple) -> _Plan | None:
 def _plan(stream: Stream, key: tuple, layout: _Layout, code: int, threads: int) -> _Plan:
     """Cut the work into tasks (images x panels x chunks of rows) and size every thread's scratch memory."""
     starts_at, indices_at, values_at = stream.addresses
-    index_bytes = 2 if stream.indices_E.dtype is torch.uint16 else 4
-    if layout.offsets_E is not None:
-        indices_at, index_bytes = layout.offsets_E.data_ptr(), 4
-    entry, width = _kernel(stream.g, index_bytes), lanes()
-    vectors, most = -(-layout.tokens // width), _widest[stream.g]
-    if in_panels := _PANEL_MAJOR in (layout.x_kind, layout.y_kind):
+    index_bytes, unit, image = 2 if stream.indices_E.dtype is torch.uint16 else 4, panel_width() * 4, layout.image
+    columns, positions, width = stream.cols, layout.tokens, lanes()
+    if image is not None:
+        indices_at, index_bytes, unit = image.offsets_E.data_ptr(), 4, 4
+        columns, positions = image.channels, layout.tokens * image.line
+    entry, most = _kernel(stream.g, index_bytes), _widest[stream.g]
+    in_panels = _PANEL_MAJOR in (layout.x_kind, layout.y_kind)
+    if in_panels:
         # Tiles must not straddle two panels of four vectors.
         most = 1 << (min(4, most).bit_length() - 1)
-    panels, per_panel = -(-vectors // most), panel_width() // width
-    wide = most if in_panels else -(-vectors // panels)
+    vectors = -(-positions // width)
+    panels = -(-vectors // most) if image is None else -(-layout.tokens // image.panel_lines)
+    wide = most if in_panels or image is not None else -(-vectors // panels)
     batches = -(-stream.rows // _BATCH)
-    work = stream.values_EG.numel() * layout.tokens * layout.images
-    threads = max(1, min(threads, work // GRAIN))
+    threads = max(1, min(threads, stream.values_EG.numel() * positions * layout.images // GRAIN))
     chunks = _chunks(panels * layout.images, batches, threads)
     tasks = panels * layout.images * chunks
-    columns = layout.depth or stream.cols
-    packed = 0 if layout.x_kind == _PANEL_MAJOR else 4 * columns * (layout.copy_width or width * wide)
-    packed = -(-packed // 64) * 64
+    packed = 0 if layout.x_kind == _PANEL_MAJOR else 4 * columns * (image.floats if image else width * wide)
+    # The last tile of an image reads, and drops, up to one tile beyond its panel.
+    packed = -(-packed // 64) * 64 + (4 * width * wide if image else 0)
     sums = 4 * _BATCH * width * wide
     hold = sums if stream.blocks > 1 else 0
     each = packed + max(sums, hold * -(-batches // chunks)) + 64
+    lines = (0,) * 9 if image is None else tuple(getattr(image, field.name) for field in fields(image)[2:])
     fixed = _pack_plan(
         tasks, chunks, panels, each,
         layout.x_kind, layout.y_kind, layout.x_row, layout.x_image, layout.y_row, layout.y_image,
         layout.tokens, stream.rows, columns, stream.groups, stream.blocks, starts_at, indices_at, values_at,
         code, _BOUND_AT + 4 * (code == 1), _ZERO_AT,
-        wide, per_panel, 4 if layout.copy_width else 4 * width * per_panel,
-        layout.copy_width, layout.line, layout.line_kept, packed, hold,
+        wide, panel_width() // width, unit, packed, hold, *lines,
     )  # fmt: skip
     threads = min(threads, tasks)
     if len(stream.plans) >= _MOST_PLANS:
@@ -349,36 +366,38 @@ def spmm_conv(
     channels, rest = divmod(stream.cols, kh * kw)
     fits = x_CHW.dim() in (3, 4) and rest == 0 and x_CHW.shape[-3] == channels
     need_floats("x", x_CHW, f"[..., {stream.cols}/({kh}*{kw}), H, W]", fits)
-    x_padded = pad(x_CHW, (pw, pw, ph, ph)) if ph or pw else x_CHW
-    high, wide = x_padded.shape[-2:]
-    out_high, out_wide = high - kh + 1, wide - kw + 1
-    if out_high <= 0 or out_wide <= 0:
-        raise FormatError(f"a {kh}x{kw} kernel does not fit into a padded image of {high}x{wide}")
+    high, wide = x_CHW.shape[-2:]
+    out_high, out_wide = high + 2 * ph - kh + 1, wide + 2 * pw - kw + 1
+    if out_high <= 0 or out_wide <= 0 or min(ph, pw) < 0:
+        raise FormatError(f"a {kh}x{kw} kernel does not fit into {high}x{wide} pixels padded by {ph} and {pw}")
     out = _output(out, (*x_CHW.shape[:-3], stream.rows, out_high, out_wide))
     if out.numel():
         images, threads = x_CHW.shape[0] if x_CHW.dim() == 4 else 1, torch.get_num_threads()
-        key = (_LINES, images, high, wide, kernel, code, threads)
+        key = (_LINES, images, high, wide, kernel, padding, code, threads)
         if (plan := _known(stream, key)) is None:
-            width, offsets_E = _offsets(stream, kernel, wide)
+            image, size = _image(stream, kernel, padding, high, wide), 4 * out_high * out_wide
             layout = _Layout(
-                (out_high - 1) * wide + out_wide, _COLUMN_MAJOR, 4 * high * wide, _LINES, 4 * out_high * out_wide,
-                images, 4 * high * wide * channels, 4 * out_high * out_wide * stream.rows,
-                width, channels, wide, out_wide, offsets_E,
+                out_high, _LINES, 4 * high * wide, _LINES, size, images,
+                4 * high * wide * channels, size * stream.rows, image,
             )  # fmt: skip
             plan = _plan(stream, key, layout, code, threads)
-        _run(plan, x_padded.data_ptr(), out.data_ptr(), bias_M)
+        _run(plan, x_CHW.data_ptr(), out.data_ptr(), bias_M)
     return out
 
 
-def _offsets(stream: Stream, kernel: tuple[int, int], wide: int) -> tuple[int, Tensor]:
-    """Floats per channel of a panel with its halo, and the offset of every entry into such a panel; kept."""
-    known = stream.offsets_by_geometry
-    if (found := known.get((kernel, wide))) is None:
-        kh, kw = kernel
-        _kernel(stream.g, 4)
-        width = -(-(_widest[stream.g] * lanes() + (kh - 1) * wide + kw - 1) // lanes()) * lanes()
+def _image(stream: Stream, kernel: tuple[int, int], padding: tuple[int, int], high: int, wide: int) -> _Image:
+    """Choose how many lines a panel holds, and give every entry its offset into such a panel."""
+    (kh, kw), (ph, pw) = kernel, padding
+    channels, line, out_high = stream.cols // (kh * kw), wide + 2 * pw, high + 2 * ph - kh + 1
+    room = _PANEL_BYTES // (4 * channels * line) - (kh - 1)
+    panels = -(-out_high // max(1, min(out_high, room)))
+    panel_lines = -(-out_high // panels)
+    floats = -(-((panel_lines + kh - 1) * line + pw) // 16) * 16
+    key = (kernel, line, floats)
+    if (offsets_E := stream.offsets_by_geometry.get(key)) is None:
         column_E = stream.indices_E.to(torch.int32)
         place_E = column_E % (kh * kw)
-        offsets_E = (column_E // (kh * kw)) * width + (place_E // kw) * wide + place_E % kw
-        found = known[kernel, wide] = width, offsets_E.to(torch.int32).contiguous()
-    return found
+        offsets_E = (column_E // (kh * kw)) * floats + (place_E // kw) * line + place_E % kw
+        stream.offsets_by_geometry[key] = offsets_E = offsets_E.to(torch.int32).contiguous()
+    kept = wide + 2 * pw - kw + 1
+    return _Image(offsets_E, channels, panel_lines, line, kept, floats, kh - 1, high, wide, ph, pw)

@@ -7,7 +7,7 @@ import threading
 
 import torch
 
-_FIELDS = 40
+_FIELDS = 48
 
 
 class _Workplace(threading.local):
