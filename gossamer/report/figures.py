@@ -24,7 +24,7 @@ SMALL, WIDE = (5.6, 3.7), (10.4, 1.75)
 # Size and speed stand side by side, so they are equally high.
 _HEIGHT_OF_TWO = 5.8
 # Labels are placed before any renderer exists, so their width is estimated: DejaVu's mean advance at 9 pt.
-PT_PER_LETTER, PT_PER_LINE = 5.3, 11.0
+PT_PER_LETTER, PT_PER_LINE = 5.6, 11.0
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def _layers(run: Run, pen: Ink) -> Figure:
         _layer_axis(axes, setting, rows)
         axes.set_ylabel("kept, %")
         axes.set_ylim(0, max(10.0, *(108 * r.density for r in rows)))
-        axes.legend(loc="lower left", bbox_to_anchor=(0.24, 0.97), ncols=5, fontsize=9, handlelength=1, borderpad=0)
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.97), ncols=5, fontsize=9, handlelength=1, borderpad=0)
     return drawn
 
 
@@ -266,7 +266,7 @@ def _layer_ms(run: Run, pen: Ink) -> Figure:
         _layer_axis(axes, setting, rows)
         axes.set_ylabel("ms")
         axes.set_ylim(bottom=0)
-        axes.legend(loc="lower left", bbox_to_anchor=(0.24, 0.97), ncols=3, fontsize=9, handlelength=1, borderpad=0)
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.97), ncols=3, fontsize=9, handlelength=1, borderpad=0)
     return drawn
 
 

@@ -76,7 +76,7 @@ class EngineRow:
         engine: "gossamer", "torch", "onnxruntime", "openvino" ...
         threads: it was allowed to use.
         latency_ms: median of one call. Unit: ms.
-        latency_iqr: first and third quartile of the same calls. Unit: ms.
+        latency_iqr: distance between the quartiles of the same calls. Unit: ms.
         throughput: in `unit`; only rows of the same unit and threads are compared.
         unit: such as "sentences/s" or "tokens/s".
         version: of the engine.
@@ -87,14 +87,11 @@ class EngineRow:
     engine: str
     threads: int
     latency_ms: float
-    latency_iqr: tuple[float, float]
+    latency_iqr: float
     throughput: float
     unit: str
     version: str = ""
     note: str = ""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "latency_iqr", tuple(self.latency_iqr))
 
 
 @dataclass(frozen=True)

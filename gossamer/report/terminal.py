@@ -20,11 +20,13 @@ def table(run: Run) -> Table:
         >>> rich.print(table(load_run("run.json")))                                # doctest: +SKIP
     """
     units = list(dict.fromkeys(row.unit for row in run.engines))
-    drawn = Table(title=run.title, caption=headline(run), box=box.SIMPLE_HEAD, padding=(0, 1), title_justify="left")
-    pace = units[0] if len(units) == 1 else "throughput"
+    drawn = Table(title=run.title, caption=headline(run), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    drawn.title_justify = "left"
+    pace = units[0].replace("/", " /") if len(units) == 1 else "throughput"
     drawn.add_column("", overflow="fold")
-    for name in (run.dense.quality_label, "agrees", "disk", "memory", "threads", "latency", pace, "vs best dense"):
-        drawn.add_column(name, justify="right", overflow="fold")
+    costs = (run.dense.quality_label, "agrees %", "disk MB", "memory MB")
+    for name in (*costs, "threads", "latency ms", pace, "vs best dense"):
+        drawn.add_column(name.replace(" ", "\n"), justify="right", overflow="fold", vertical="bottom")
     for line in lines(run):
         if line.first:
             _add_setting(drawn, line)
@@ -36,13 +38,19 @@ def table(run: Run) -> Table:
 def _add_setting(drawn: Table, line: Line) -> None:
     if drawn.row_count:
         drawn.add_section()
-    name, *costs = line.cells[:5]
-    drawn.add_row(Text(name, "bold"), *costs)
+    name, quality, agrees, disk, memory = line.cells[:5]
+    drawn.add_row(Text(name, "bold"), quality, _bare(agrees), _bare(disk), _bare(memory))
 
 
 def _add_engine(drawn: Table, line: Line, *, unit: bool) -> None:
     engine, threads, latency, pace, times = line.cells[5:]
-    bare = pace.split(" ")[0]
     name = f"  {engine}, {line.row.unit}" if unit and line.row else f"  {engine}"
     style = "bold" if line.best else ""
-    drawn.add_row(name, "", "", "", "", threads, latency, bare, Text(times, _STYLE[line.news]), style=style)
+    drawn.add_row(
+        name, "", "", "", "", threads, _bare(latency), _bare(pace), Text(times, _STYLE[line.news]), style=style
+    )
+
+
+def _bare(cell: str) -> str:
+    """A figure without its unit, which stands in the head of the column."""
+    return cell.split(" ")[0]

@@ -112,7 +112,7 @@ def test_speed_is_compared_at_the_same_threads_and_unit_with_the_best_dense_engi
     assert of["dense", "openvino", 1] == of["dense", "openvino", 2] == 1.0
     assert of["dense", "torch", 1] == pytest.approx(40 / 55)
     assert of["4-row, 90 %", "gossamer", 2] == pytest.approx(3.2)
-    alone = EngineRow("2:4", "gossamer", 8, 1.0, (1.0, 1.0), 999.0, "sentences/s")
+    alone = EngineRow("2:4", "gossamer", 8, 1.0, 0.0, 999.0, "sentences/s")
     assert speedup(replace(run, engines=(*run.engines, alone)), alone) is None
 
 

@@ -161,7 +161,7 @@ def test_report_makes_the_page_again(gossamer, tmp_path):
         Setting("dense", {"accuracy": 0.8}, "accuracy", 1.0, 100, 100, 1.0, 0.0),
         Setting("half", {"accuracy": 0.7}, "accuracy", 0.9, 50, 50, 0.5, 1.0),
     ]
-    engines = [EngineRow(s.name, "torch", 1, 2.0, (1.9, 2.1), 500.0, "texts/s") for s in settings]
+    engines = [EngineRow(s.name, "torch", 1, 2.0, 0.2, 500.0, "texts/s") for s in settings]
     write_run(Run("a model", {}, {}, settings, engines), tmp_path / "in" / "run.json")
     result = gossamer("report", tmp_path / "in" / "run.json", "--out", tmp_path / "page.html", "--json")
     assert result.exit_code == 0, result.stderr
@@ -184,7 +184,7 @@ def test_demo_prints_the_table_writes_the_page_and_shows_how_to_load(gossamer, t
             Setting("dense", {"accuracy": 0.8}, "accuracy", None, 100, 100, 1.0, 0.0),
             Setting("half", {"accuracy": 0.79}, "accuracy", 0.9, 50, 50, 0.5, 1.0),
         ]
-        engines = [EngineRow(s.name, "torch", 1, 2.0, (1.9, 2.1), 500.0, "texts/s") for s in settings]
+        engines = [EngineRow(s.name, "torch", 1, 2.0, 0.2, 500.0, "texts/s") for s in settings]
         return Run("a model", {}, {}, settings, engines, load_lines=['model = gossamer.load("x")', "model(y)"])
 
     stand_in = ModuleType("gossamer.demos.llm")
