@@ -27,7 +27,7 @@ from .runners import bind_torch, runner
 from .save import save
 from .skeleton import describe
 from .tensors import memory_bytes
-from .timing import in_turn, summary, torch_threads
+from .timing import in_turn, median, torch_threads
 
 # Relative to the largest output; bf16 keeps 8 bits and its error grows over a model's depth.
 TOLERANCE = {"torch": 1e-3, "onnxruntime": 1e-3, "openvino": 1e-3, "openvino-bf16": 1e-1}
@@ -289,17 +289,17 @@ class _Bench:
         engine = entry.engine
         if isinstance(answer, str):
             return Speed(engine.name, engine.version, threads, batch=self.batch, note=answer)
-        latency, batch = summary(taken[LATENCY]), summary(taken[THROUGHPUT])
+        latency, batch = median(taken[LATENCY]), median(taken[THROUGHPUT])
         return Speed(
             engine=engine.name,
             version=engine.version,
             threads=threads,
             latency_ms=latency.ms,
-            latency_iqr=latency.iqr,
+            latency_iqr=latency.spread,
             throughput=1e3 * self.batch / batch.ms,
             batch=self.batch,
             batch_ms=batch.ms,
-            batch_iqr=batch.iqr,
+            batch_iqr=batch.spread,
             nbytes=entry.nbytes,
             rss=answer["rss"] or None,
             difference=answer["difference"],
@@ -437,19 +437,21 @@ def time_here(models: Mapping[str, nn.Module], example: Example, *, threads: int
     """
     single, batch = first_item(example), next(iter(named_inputs(example).values())).shape[0]
     with torch_threads(threads):
-        one = in_turn({n: _calling(m.eval(), single) for n, m in models.items()}, rounds)
-        many = in_turn({n: _calling(m.eval(), example) for n, m in models.items()}, rounds)
+        one, many = (
+            {n: median(t) for n, t in in_turn({n: _calling(m.eval(), e) for n, m in models.items()}, rounds).items()}
+            for e in (single, example)
+        )
     return [
         Speed(
             engine=name,
             version=version("torch"),
             threads=threads,
             latency_ms=one[name].ms,
-            latency_iqr=one[name].iqr,
+            latency_iqr=one[name].spread,
             throughput=1e3 * batch / many[name].ms,
             batch=batch,
             batch_ms=many[name].ms,
-            batch_iqr=many[name].iqr,
+            batch_iqr=many[name].spread,
             nbytes=memory_bytes(model),
             note="timed in a shared process",
         )

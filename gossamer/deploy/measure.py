@@ -5,7 +5,7 @@ Shapes: T tokens, M output rows, K input columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,13 @@ from torch.nn.functional import linear
 from ..core.errors import DispatchError, FormatError
 from ..kernels.dispatch import Plan, resolve
 from ..kernels.reference import activate
-from .candidates import TORCH_DENSE, Candidate
+from .candidates import MOST_DECODE_TOKENS, TORCH_DENSE, Candidate
 from .examples import close, difference
 from .record import Trial
-from .timing import Timing, in_turn
+from .timing import Timing, in_turn, quiet
+
+# Rows of the small product that warms a kernel's code; a multiple of every group and block.
+TWIN_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def measure(product: Product, candidates: Sequence[Candidate], repeats: int, *, 
     timings = _time(plans, product, inputs, repeats, cold)
     trials = [Trial(str(c), timings[c].ms, memory_of(plan)) for c, plan in plans.items()]
     trials += [Trial(str(c), None, None, reason) for c, reason in refused.items()]
-    return Measured(tuple(trials), {str(c): t.iqr for c, t in timings.items()})
+    return Measured(tuple(trials), {str(c): t.spread for c, t in timings.items()})
 
 
 def memory_of(plan: Plan) -> int:
@@ -105,14 +108,23 @@ def _time(
     for x in inputs:
         often = product.tokens.count(x.shape[0])
         ways = {str(c): _way(plan, product, x) for c, plan in plans.items()}
-        taken = in_turn(ways, repeats, cold=cold and x.shape[0] <= 8)
+        twins = _twins(plans, product, x) if cold and x.shape[0] <= MOST_DECODE_TOKENS else None
+        taken = in_turn(ways, repeats, cold=twins)
         for c in plans:
-            one = taken[str(c)]
-            total[c] = Timing(total[c].ms + often * one.ms, total[c].iqr + often * one.iqr)
+            one = quiet(taken[str(c)])
+            total[c] = Timing(total[c].ms + often * one.ms, total[c].spread + often * one.spread)
     return total
 
 
-def _way(plan: Plan, product: Product, x_TK: Tensor):
+def _twins(plans: dict[Candidate, Plan], product: Product, x_TK: Tensor) -> dict[str, Callable[[], object]]:
+    """The same products by a few rows only."""
+    few = Product(product.w_MK[:TWIN_ROWS], None, product.activation, product.tokens)
+    return {
+        str(c): _way(resolve(c.build(few.w_MK), tokens=few.planned_tokens, backend=c.backend), few, x_TK) for c in plans
+    }
+
+
+def _way(plan: Plan, product: Product, x_TK: Tensor) -> Callable[[], object]:
     return lambda: plan.run(x_TK, product.bias_M, product.activation)
 
 
@@ -156,9 +168,8 @@ def choose(measured: Measured, allowed: Sequence[Candidate], min_gain: float, wo
 
 def _fastest(pool: Sequence[Trial], noise: dict[str, float]) -> Trial:
     first = min(pool, key=lambda t: t.ms)
-    # Half the distance between quartiles is a usual error of a median; 2 % is what clocks drift between rounds,
-    # and on a busy machine a spread beyond 10 % says nothing about which of two is faster.
-    limit = first.ms + min(max(0.02 * first.ms, noise[first.candidate] / 2), 0.1 * first.ms)
+    # Clocks drift by 2 % between rounds; a spread beyond 10 % says nothing about which of two is faster.
+    limit = first.ms + min(max(0.02 * first.ms, noise[first.candidate]), 0.1 * first.ms)
     return min((t for t in pool if t.ms <= limit), key=lambda t: (t.nbytes, t.ms))
 
 

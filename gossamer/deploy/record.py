@@ -12,7 +12,7 @@ class Trial:
 
     Args:
         candidate: format, options and backend, such as "rowgrouped(g=4)/cpu".
-        ms: median over the layer's calls in the examples; None where it was refused.
+        ms: its calls in the examples together, at the fastest twentieth of repeated runs; None where it was refused.
         nbytes: the weight as stored plus what its kernel lays out, in memory.
         refused: why it was not considered; None where it was.
     """
