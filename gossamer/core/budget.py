@@ -19,6 +19,7 @@ from .errors import BudgetError
 from .schedule import Schedule, at
 
 B = TypeVar("B", bound="Budget")
+FEW = 8
 _NUMPY_PARTITIONS = (torch.float32, torch.float64)
 
 
@@ -126,8 +127,8 @@ def top(s_RC: Tensor, k: int) -> Tensor:
         return s_RC != -math.inf
     if k <= 0 or pools == 0:
         return torch.zeros_like(s_RC, dtype=torch.bool)
-    if size <= 8 and pools > 1:
-        return _top_of_few(s_RC, k)
+    if size <= FEW and pools > 1:
+        return top_of_few(s_RC.t().contiguous(), k).t()
     kth_R1 = _kth(s_RC, size - k + 1)
     if _eager_cpu(s_RC):
         # Without ties at the threshold, which is the usual case, one comparison is all; looking costs no wait here.
@@ -152,16 +153,15 @@ def _kth(s_RC: Tensor, k: int) -> Tensor:
     return torch.from_numpy(part_RC[:, k - 1 : k].copy())
 
 
-def _top_of_few(s_RC: Tensor, k: int) -> Tensor:
-    """Rank by counting who beats whom: for pools of a few entries this is faster than any partial sort."""
-    s_CR = s_RC.t().contiguous()
+def top_of_few(s_CR: Tensor, k: int) -> Tensor:
+    """`top` of pools that lie in columns, by counting who beats whom: for few competitors faster than any sort."""
     size = len(s_CR)
-    rank_CR = torch.arange(size, dtype=torch.int8, device=s_RC.device)[:, None].repeat(1, s_CR.shape[1])
+    rank_CR = torch.arange(size, dtype=torch.int8, device=s_CR.device)[:, None].repeat(1, s_CR.shape[1])
     for gap in range(1, size):
-        later_wins = (s_CR[gap:] > s_CR[:-gap]).to(torch.int8)
+        later_wins = (s_CR[gap:] > s_CR[:-gap]).view(torch.int8)
         rank_CR[:-gap] += later_wins
         rank_CR[gap:] -= later_wins
-    return ((rank_CR < k) & (s_CR != -math.inf)).t()
+    return (rank_CR < k) & (s_CR != -math.inf)
 
 
 def keep(k: int | Schedule) -> Keep:

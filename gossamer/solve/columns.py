@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gossamer.core import Budget, Density, Keep, Pattern
-from gossamer.core.budget import count, top
+from gossamer.core.budget import FEW, count, top, top_of_few
 from gossamer.core.pattern import Placed
 
 WIDEST = 512  # pools wider than this many columns are shared out over blocks; narrower ones widen their block
@@ -96,10 +96,16 @@ class Walk:
 
     def decide(self, s_KM: Tensor, choice: Choice, budget: Budget) -> Tensor:
         """Entries that win, bool in the shape of s_KM."""
+        quota = _quota(budget, choice, self.rows_RCT.shape[1])
+        if quota is not None and self._is_one_group(choice):
+            return top_of_few(s_KM, quota)
         u_RC = self.units(s_KM, choice)
-        per_column = self.rows_RCT.shape[1]
-        quota = _quota(budget, choice, per_column)
         return self.spread(budget.choose(u_RC) if quota is None else top(u_RC, quota), choice)
+
+    def _is_one_group(self, choice: Choice) -> bool:
+        """2:4 and its like: a few columns compete in every row, and nothing is tied or needs rearranging."""
+        r, c, t = choice.cols_RCT.shape
+        return r == t == 1 and c <= FEW and self.rows_RCT.shape[1:] == (1, 1)
 
 
 def _quota(budget: Budget, choice: Choice, per_column: int) -> int | None:

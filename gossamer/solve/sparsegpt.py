@@ -88,7 +88,7 @@ class _Sweep:
         for i, j in span.inner:
             self.columns(now_EM, u_EE, err_BM, range(i, j), span)
             now_EM[j - a :].addmm_(u_EE[i - a : j - a, j - a :].t(), err_BM[i - a : j - a], alpha=-1)
-        now_BM = now_EM[: b - a].masked_fill_(self.cut_KM[a:b] != 0, 0)
+        now_BM = now_EM[: b - a].mul_(self.cut_KM[a:b] == 0).add_(0.0)  # adding 0 turns −0 into 0
         torch.sub(self.w_KM[a:b], now_BM, out=self.change_KM[a:b])
         self.w_KM[a:b] = now_BM
 
