@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import traceback
 
 import typer
@@ -39,7 +40,10 @@ def code_of(error: BaseException) -> int:
 def _about_the_disk(error: BaseException | None) -> bool:
     """True for a full or forbidden disk, also where it is the cause of one of our own errors."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK:
+        # safetensors and tokenizers are written in Rust: their errors carry the number in words only.
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if number in _DISK:
             return True
         error = error.__cause__
     return False

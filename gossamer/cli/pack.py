@@ -76,17 +76,20 @@ def load_lines(out: Path, loaded: Loaded) -> list[str]:
 
 def _table(report: PackReport) -> Table:
     """One line for layers that differ by their block number only; --json has every layer."""
-    drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    drawn.add_column("layers", overflow="ellipsis", no_wrap=True)
-    for name in ("shape", "kept", "best dense", "chosen", "gain"):
-        drawn.add_column(name, justify="right", no_wrap=True)
-    drawn.add_column("runs as", no_wrap=True)
+    drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    drawn.add_column("", justify="right", no_wrap=True)
+    drawn.add_column("layers", overflow="fold", vertical="bottom")
+    for name in ("shape", "kept", "best dense\nms", "chosen\nms", "gain"):
+        drawn.add_column(name, justify="right", no_wrap=True, vertical="bottom")
+    drawn.add_column("runs as", no_wrap=True, vertical="bottom")
     groups: dict[tuple[object, ...], list[PackedLayer]] = {}
     for layer in report.layers:
         kind = re.sub(r"(^|\.)\d+(?=\.)", r"\1*", layer.name)
         groups.setdefault((kind, layer.shape, layer.format, layer.backend), []).append(layer)
+    stems = {str(kind).partition("*.")[0] for kind, *_ in groups if "*." in str(kind)}
     for (kind, *_), layers in groups.items():
-        drawn.add_row(*_cells(str(kind), layers))
+        name = str(kind).partition("*.")[2] if len(stems) == 1 else ""
+        drawn.add_row(*_cells(name or str(kind), layers))
     return drawn
 
 
@@ -95,10 +98,17 @@ def _cells(kind: str, layers: Sequence[PackedLayer]) -> tuple[str | Text, ...]:
     first, dense = layers[0], median(n.best_dense_ms for n in layers)
     gain = median(n.speedup for n in layers)
     pace = Text(f"{gain:.2f}×", "green" if gain > 1.03 else "")
-    times = (f"{dense:.3f} ms", f"{median(n.ms for n in layers):.3f} ms")
-    name = kind if len(layers) == 1 else f"{len(layers)} × {kind}"
+    times = (f"{dense:.3f}", f"{median(n.ms for n in layers):.3f}")
     kept = f"{median(n.density for n in layers):.1%}"
-    return (name, "×".join(map(str, first.shape)), kept, *times, pace, f"{first.format}/{first.backend}")
+    return (
+        f"{len(layers)}×",
+        kind,
+        "×".join(map(str, first.shape)),
+        kept,
+        *times,
+        pace,
+        f"{first.format}/{first.backend}",
+    )
 
 
 def _totals(report: PackReport, out: Path, loaded: Loaded) -> tuple[str, ...]:

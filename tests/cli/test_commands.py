@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from gossamer.cli import doctor as doctor_module
 from gossamer.core.errors import AssetError, FileDamaged, MissingDependency, PatternError
@@ -101,6 +102,8 @@ def test_doctor_ends_with_4_and_says_what_to_do(gossamer, tmp_path, monkeypatch)
         (AssetError("no network"), 4),
         (MissingDependency("no library"), 4),
         (OSError(28, "No space left on device"), 4),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), 4),
+        (OSError(2, "No such file or directory"), 1),
         (KeyboardInterrupt(), 130),
     ],
 )
