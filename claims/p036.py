@@ -3,6 +3,7 @@
 Sizes lie in the paper's range, up to 10 times fewer non-zeros. A first version with 561 training steps in all, 168 of
 them after the ramp, failed at 10 %, 4 % and 2 % kept (0.791 against 0.815, 0.621 against 0.789, 0.467 against 0.767):
 the ramp needs steps to recover in.
+"""
 
 from __future__ import annotations
 

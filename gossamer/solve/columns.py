@@ -43,8 +43,9 @@ class Choice:
     def index(self) -> Tensor | slice:
         """All its columns, as a slice where they are consecutive (which saves a copy)."""
         flat = self.cols_RCT.flatten()
-        low, n = int(flat[0]), flat.numel()
-        return slice(low, low + n) if flat.tolist() == list(range(low, low + n)) else flat
+        listed = flat.tolist()
+        stop = listed[0] + len(listed)
+        return slice(listed[0], stop) if listed == list(range(listed[0], stop)) else flat
 
 
 @dataclass(frozen=True)
