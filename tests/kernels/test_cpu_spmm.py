@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from gossamer.core.errors import FormatError, UnknownName
-from gossamer.kernels.cpu import spmm as product
-from gossamer.kernels.cpu.spmm import Panels, empty_panels, spmm, spmm_columns, spmm_conv
+from gossamer.kernels.cpu import plan as product
+from gossamer.kernels.cpu.conv import spmm_conv
+from gossamer.kernels.cpu.spmm import Panels, empty_panels, spmm, spmm_columns
 from gossamer.kernels.cpu.stream import default_block, stream
 
 EXACT = {
@@ -213,6 +214,18 @@ def test_small_work_stays_on_the_calling_thread(monkeypatch):
     assert [plan.threads for plan in weight.plans.values()] == [1]
 
 
+def test_torch_defaults_do_not_reach_the_kernels():
+    weight, w = weights(40, 60, 1, 0.3)
+    x = torch.randn(200, 60)
+    torch.set_default_dtype(torch.float64)
+    try:
+        y, panels = spmm(weight, x), spmm(weight, x, out=empty_panels(200, 40))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert y.dtype is torch.float32 and panels.data.dtype is torch.float32
+    close(y, x, w, torch.zeros(40))
+
+
 def test_zero_sizes():
     weight, _ = weights(5, 8, 1, 0.5)
     assert spmm(weight, torch.empty(0, 8)).shape == (0, 5)
@@ -285,7 +298,7 @@ SECOND = """
 import logging, sys, torch
 logging.basicConfig(level=logging.INFO, stream=sys.stdout)
 from gossamer.kernels.cpu.spmm import warm_up
-warm_up(groups=(1,))
+warm_up(groups=(1,), decode=False)
 """
 
 
@@ -309,7 +322,7 @@ def test_falls_back_to_python_threads_without_openmp(monkeypatch):
     weight, _ = weights(64, 80, 4, 0.3)
     x = torch.randn(300, 80)
     expected = spmm(weight, x)
-    entry = product._kernel(4, 2)
+    entry = product.kernel_for(4, 2)
     monkeypatch.setattr(entry, "_parallel", None)
     torch.set_num_threads(2)
     assert pools.runner_name() and torch.equal(spmm(weight, x), expected)

@@ -53,7 +53,7 @@ class Vector:
         return self.b.call(declared, args)
 
     def fma(self, a, x, c):
-        return self.call("fma", a, x, c)
+        return self.call("fmuladd", a, x, c)
 
     def polynomial(self, coefficients, x):
         """Horner's rule, highest power first."""

@@ -67,8 +67,10 @@ def _numba_cache_here():
 
 
 def announce(name: str) -> None:
-    """Log that a kernel is being compiled, so that a slow first call explains itself."""
+    """Say that a kernel is being compiled, so that a slow first call explains itself: logged, or told a terminal."""
     _log.info("compiling the %s kernel (once per machine; cached in %s)", name, kernel_dir())
+    if sys.stderr.isatty() and not _log.isEnabledFor(logging.INFO):
+        print(f"gossamer: compiling the {name} kernel (once per machine)", file=sys.stderr, flush=True)
 
 
 def compile_kernel(function, name: str):
@@ -92,7 +94,11 @@ def compile_kernel(function, name: str):
 
 
 def helper(function):
-    """Declare a function that kernels call: compiled by Numba, cached beside them."""
+    """Declare a function that kernels call: compiled by Numba, cached beside them.
+
+    Kernels and helpers must see each other as module globals and take their constants as closure integers: Numba
+    keys its cache by the bytes of a closure, and a compiled function in one has new bytes in every process.
+    """
     from numba import njit
 
     with _numba_cache_here():

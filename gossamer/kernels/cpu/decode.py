@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gossamer.core.errors import DispatchError, FormatError
-from gossamer.kernels.cpu.spmm import activation_code, need_floats
+from gossamer.kernels.cpu.checks import activation_code, need_bias
 from gossamer.kernels.cpu.target import supports
 from gossamer.kernels.cpu.workplace import workplace
 
@@ -76,7 +76,7 @@ def bitmask_matvec(
     code = activation_code(activation)
     _check(bits, offsets, values, rows, cols, x_TK, bias_M)
     tokens = x_TK.shape[0]
-    y_TM = torch.empty(tokens, rows)
+    y_TM = torch.empty(tokens, rows, dtype=torch.float32, device="cpu")
     if rows:
         bias_M = _bias_of(rows, bias_M, code)
         for first in range(0, tokens, MOST_TOKENS):
@@ -90,7 +90,7 @@ def _bias_of(rows: int, bias_M: Tensor | None, code: int) -> Tensor | None:
     if bias_M is not None or code == 0:
         return bias_M
     if rows not in _zero_bias:
-        _zero_bias[rows] = torch.zeros(rows)
+        _zero_bias[rows] = torch.zeros(rows, dtype=torch.float32, device="cpu")
     return _zero_bias[rows]
 
 
@@ -106,8 +106,7 @@ def _check(bits, offsets, values, rows, cols, x_TK, bias_M) -> None:
         raise FormatError(f"x must be contiguous [T, {cols}], got {tuple(x_TK.shape)}; call .contiguous()")
     if x_TK.dtype not in (torch.float32, torch.bfloat16):
         raise FormatError(f"x must be float32 or bfloat16, got {x_TK.dtype}; convert it")
-    if bias_M is not None:
-        need_floats("bias", bias_M, f"[{rows}]", bias_M.shape == (rows,))
+    need_bias(rows, bias_M)
 
 
 def _launch(bits, offsets, values, rows, cols, x_TK, bias_M, code, y_TM) -> None:

@@ -161,7 +161,7 @@ def tile(typing, rows, vectors, lanes, index_bytes, first, stop, start, index, v
 
     def gen(ctx, b, sig, args):
         first, stop, start, index, value, panel, unit, sums, sums_row = args[4:]
-        fma = _declare(b, f"llvm.fma.v{L}f32", kind, kind, kind, kind)
+        fma = _declare(b, f"llvm.fmuladd.v{L}f32", kind, kind, kind, kind)
         places = []
         for r in range(G):
             row = b.add(sums, b.mul(sums_row, _n(r)))

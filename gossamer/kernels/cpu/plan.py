@@ -1,0 +1,162 @@
+"""Work laid out once per size of x: tasks, scratch memory and the argument block of the sparse kernels.
+
+Shapes: M output rows, E stored entries.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from gossamer.kernels.cpu.stream import Stream
+from gossamer.kernels.cpu.target import lanes
+from gossamer.kernels.cpu.workplace import workplace
+
+# How x and y lie in memory (`panels.ROW_MAJOR` and its neighbours).
+ROW_MAJOR, COLUMN_MAJOR, PANEL_MAJOR, LINES = range(4)
+
+# The arguments of one call come first, then those of a plan (see `panels.SLOT` and its neighbours).
+_pack_into = struct.Struct("=6q280s").pack_into
+_pack_plan = struct.Struct("=35q").pack
+# Plans kept per weight; serving many different sizes of x starts over beyond this.
+_MOST_PLANS = 128
+# Multiply-adds that pay for waking one more thread: about ten microseconds of work.
+GRAIN = 500_000
+# Rows that a kernel finishes together (`panels.BATCH`): wide enough that y is written in runs of four cache lines.
+_BATCH = 64
+
+# Constants whose addresses kernels receive: a zero bias, and the lower bounds "none" and "relu".
+_ZEROS = torch.zeros(16, dtype=torch.float32, device="cpu")
+_BOUNDS = torch.tensor([-torch.inf, 0.0], dtype=torch.float32, device="cpu")
+_ZERO_AT, _BOUND_AT = _ZEROS.data_ptr(), _BOUNDS.data_ptr()
+
+_kernels: dict[tuple[int, int], object] = {}
+_widest: dict[int, int] = {}
+
+
+def kernel_for(g: int, index_bytes: int):
+    """The compiled kernel; Numba is imported here, on first use."""
+    found = _kernels.get((g, index_bytes))
+    if found is None:
+        from gossamer.kernels.cpu import panels
+
+        _widest[g] = panels.widest(g)
+        found = _kernels[g, index_bytes] = panels.kernel(g, index_bytes)
+    return found
+
+
+def panel_width() -> int:
+    """Tokens of one panel of `Panels` on this processor: four vectors."""
+    return 4 * lanes()
+
+
+def _chunks(places: int, batches: int, threads: int) -> int:
+    """Into how many chunks of rows each panel is cut, so that no thread waits for long; 1 packs every panel once."""
+    if threads == 1 or places == 0:
+        return 1
+    for chunks in range(1, 4 * threads):
+        tasks = places * chunks
+        if -(-tasks // threads) * threads <= 1.15 * tasks:
+            return max(1, min(chunks, batches))
+    return max(1, min(threads, batches))
+
+
+@dataclass(frozen=True)
+class Image:
+    """How a convolution reads its input: panels of whole padded lines, `floats` a channel, and offsets into them."""
+
+    offsets_E: Tensor
+    channels: int
+    panel_lines: int
+    line: int
+    line_kept: int
+    floats: int
+    halo: int
+    high: int
+    wide: int
+    pad_high: int
+    pad_wide: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How x and y lie in memory; strides are in bytes. A convolution's tokens are the lines of its output."""
+
+    tokens: int
+    x_kind: int
+    x_row: int
+    y_kind: int
+    y_row: int
+    images: int = 1
+    x_image: int = 0
+    y_image: int = 0
+    image: Image | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Work laid out for one size of x: the kernel, its fixed arguments, and what each call must bring."""
+
+    entry: object
+    threads: int
+    scratch_bytes: int
+    fixed: bytes
+    addresses: tuple[int, int, int]
+
+
+def known(stream: Stream, key: tuple) -> Plan | None:
+    """The plan made earlier for this size of x, unless the weights have moved in memory since."""
+    plan = stream.plans.get(key)
+    return plan if plan is not None and plan.addresses == stream.addresses else None
+
+
+def make_plan(stream: Stream, key: tuple, layout: Layout, code: int, threads: int) -> Plan:
+    """Cut the work into tasks (images x panels x chunks of rows) and size every thread's scratch memory."""
+    starts_at, indices_at, values_at = stream.addresses
+    index_bytes, unit, image = 2 if stream.indices_E.dtype is torch.uint16 else 4, panel_width() * 4, layout.image
+    columns, positions, width = stream.cols, layout.tokens, lanes()
+    if image is not None:
+        indices_at, index_bytes, unit = image.offsets_E.data_ptr(), 4, 4
+        columns, positions = image.channels, layout.tokens * image.line
+    entry, most = kernel_for(stream.g, index_bytes), _widest[stream.g]
+    in_panels = PANEL_MAJOR in (layout.x_kind, layout.y_kind)
+    if in_panels:
+        # Tiles must not straddle two panels of four vectors.
+        most = 1 << (min(4, most).bit_length() - 1)
+    vectors = -(-positions // width)
+    panels = -(-vectors // most) if image is None else -(-layout.tokens // image.panel_lines)
+    wide = most if in_panels or image is not None else -(-vectors // panels)
+    batches = -(-stream.rows // _BATCH)
+    threads = max(1, min(threads, stream.values_EG.numel() * positions * layout.images // GRAIN))
+    chunks = _chunks(panels * layout.images, batches, threads)
+    tasks = panels * layout.images * chunks
+    packed = 0 if layout.x_kind == PANEL_MAJOR else 4 * columns * (image.floats if image else width * wide)
+    # The last tile of an image reads, and drops, up to one tile beyond its panel.
+    packed = -(-packed // 64) * 64 + (4 * width * wide if image else 0)
+    sums = 4 * _BATCH * width * wide
+    hold = sums if stream.blocks > 1 else 0
+    each = packed + max(sums, hold * -(-batches // chunks)) + 64
+    lines = (0,) * 9 if image is None else tuple(getattr(image, field.name) for field in fields(image)[2:])
+    fixed = _pack_plan(
+        tasks, chunks, panels, each,
+        layout.x_kind, layout.y_kind, layout.x_row, layout.x_image, layout.y_row, layout.y_image,
+        layout.tokens, stream.rows, columns, stream.groups, stream.blocks, starts_at, indices_at, values_at,
+        code, _BOUND_AT + 4 * (code == 1), _ZERO_AT,
+        wide, panel_width() // width, unit, packed, hold, *lines,
+    )  # fmt: skip
+    threads = min(threads, tasks)
+    if len(stream.plans) >= _MOST_PLANS:
+        stream.plans.clear()
+    plan = stream.plans[key] = Plan(entry, threads, each * threads, fixed, stream.addresses)
+    return plan
+
+
+def run(plan: Plan, x_at: int, y_at: int, bias_M: Tensor | None) -> None:
+    place = workplace
+    scratch_at = place.scratch_of(plan.scratch_bytes)
+    bias_at = 0 if bias_M is None else bias_M.data_ptr()
+    _pack_into(place.args, 0, 0, 0, scratch_at, x_at, y_at, bias_at, plan.fixed)
+    plan.entry.run(place.args_at, plan.threads)
