@@ -162,7 +162,7 @@ def _latency(run: Run, pen: Ink) -> Figure:
 def _by_engine(run: Run, pen: Ink, label: str, x_of: Callable[[EngineRow], float]) -> Figure:
     """A panel per unit and thread count; the dense engines differ by marker, the settings by colour."""
     groups = list(dict.fromkeys((r.unit, r.threads) for r in run.engines))
-    engines = list(dict.fromkeys(r.engine for r in run.engines))
+    engines = list(dict.fromkeys(r.engine for r in sorted(run.engines, key=lambda r: run.setting(r.setting).is_dense)))
     colours = _colours(run, pen)
     drawn, panels = _panels(len(groups), (SMALL[0], SMALL[1] if len(groups) == 1 else _HEIGHT_OF_TWO / 2))
     for axes, (unit, threads) in zip(panels, groups):
@@ -245,7 +245,7 @@ def _layers(run: Run, pen: Ink) -> Figure:
         _layer_axis(axes, setting, rows)
         axes.set_ylabel("kept, %")
         axes.set_ylim(0, max(10.0, *(108 * r.density for r in rows)))
-        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.97), ncols=5, fontsize=9, handlelength=1, borderpad=0)
+        _legend(axes, setting)
     return drawn
 
 
@@ -266,7 +266,7 @@ def _layer_ms(run: Run, pen: Ink) -> Figure:
         _layer_axis(axes, setting, rows)
         axes.set_ylabel("ms")
         axes.set_ylim(bottom=0)
-        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.97), ncols=3, fontsize=9, handlelength=1, borderpad=0)
+        _legend(axes, setting)
     return drawn
 
 
@@ -276,6 +276,12 @@ def _layer_axis(axes: Axes, setting: Setting, rows: Sequence[LayerRow]) -> None:
     axes.grid(axis="x", visible=False)
     starts = _blocks(rows)
     axes.set_xticks([i for i, _ in starts], [text for _, text in starts], ha="left", fontsize=8.5)
+
+
+def _legend(axes: Axes, setting: Setting) -> None:
+    """On the title's line, right after it, so that a narrow window shows both."""
+    x = 0.03 + 1.15 * PT_PER_LETTER * len(setting.name) / (72 * WIDE[0])
+    axes.legend(loc="lower left", bbox_to_anchor=(x, 0.97), ncols=5, fontsize=9, handlelength=1, borderpad=0)
 
 
 def _blocks(rows: Sequence[LayerRow]) -> list[tuple[float, str]]:

@@ -50,11 +50,11 @@ def llm_run() -> Run:
         _row("dense", "torch", 2, 30.0, "tokens/s (one at a time)"),
         _row("dense", "torch", 2, 300.0, "tokens/s (prompt)"),
     ]
-    for name in half:
-        engines += [
-            _row(name, "gossamer", 2, 44.0, "tokens/s (one at a time)"),
-            _row(name, "gossamer", 2, 250.0, "tokens/s (prompt)"),
-        ]
+    # As in the real demo, only the best of the methods is packed and timed.
+    engines += [
+        _row("sparsegpt 50 %", "gossamer", 2, 44.0, "tokens/s (one at a time)"),
+        _row("sparsegpt 50 %", "gossamer", 2, 250.0, "tokens/s (prompt)"),
+    ]
     layers = [_layer("sparsegpt 50 %", block, part, 0.5, 1.2) for block in range(30) for part in PARTS]
     return Run("SmolLM2-135M, WikiText-2", {"cores": "2"}, {"torch": "2.13.0"}, settings, engines, layers)
 
