@@ -69,7 +69,7 @@ class Speed:
         batch_ms: median of one batch.
         batch_iqr: distance between the quartiles, milliseconds.
         nbytes: tensors held, exactly, where gossamer holds them; else None.
-        rss: what the process grew by when the model was made and run once, bytes.
+        rss: what the process grew by when the model for one item was made and run once, bytes.
         difference: largest output difference from torch, relative to the largest output.
         note: why it could not run, or what to know.
     """
@@ -234,8 +234,8 @@ class _Bench:
                 ready = list(pool.map(lambda w: w if isinstance(w, str) else w.prepare(), workers))
             for done in range(rounds):
                 for i, entry in enumerate(self.entries):
-                    for case in self.cases if isinstance(ready[i], dict) else ():
-                        times[i][case] += workers[i].times(case, slice_s)
+                    if isinstance(ready[i], dict):
+                        ready[i] = workers[i].take_turn(slice_s, times[i]) or ready[i]
                     if self.progress is not None:
                         step = (turn * rounds + done) * len(self.entries) + i + 1
                         self.progress(f"{entry.engine.name}, threads: {threads}", step, total)
@@ -319,14 +319,19 @@ class _Worker:
         answer = self._read(START_SECONDS)
         return answer if isinstance(answer, str) else answer["ready"]
 
-    def times(self, case: str, seconds: float) -> list[float]:
-        """Milliseconds of single runs."""
-        self.process.stdin.write(json.dumps({"case": case, "seconds": seconds}) + "\n")
-        self.process.stdin.flush()
-        answer = self._read(START_SECONDS + 10 * seconds)
-        if isinstance(answer, str):
-            raise GossamerError(f"an engine's process stopped while it was timed: {answer}")
-        return answer["times"]
+    def take_turn(self, seconds: float, times: dict[str, list[float]]) -> str | None:
+        """Run every case for that long and add the milliseconds of single runs; the reason where the process died."""
+        for case, taken in times.items():
+            try:
+                self.process.stdin.write(json.dumps({"case": case, "seconds": seconds}) + "\n")
+                self.process.stdin.flush()
+            except BrokenPipeError:
+                return f"its process ended while it was timed (exit code {self.process.wait()})"
+            answer = self._read(START_SECONDS + 10 * seconds)
+            if isinstance(answer, str):
+                return answer
+            taken += answer["times"]
+        return None
 
     def _read(self, limit: float) -> dict | str:
         timer = threading.Timer(limit, self.process.kill)
