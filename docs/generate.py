@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -47,7 +48,8 @@ def section(m: Method) -> str:
 
 def _parameters(m: Method) -> list[str]:
     found = inspect.signature(m.build).parameters.values()
-    return [f"{p.name}={p.default!r}" if p.default is not p.empty else p.name for p in found]
+    quoted = lambda value: json.dumps(value) if isinstance(value, str) else repr(value)
+    return [f"{p.name}={quoted(p.default)}" if p.default is not p.empty else p.name for p in found]
 
 
 def _parts(doc: str) -> list[str]:

@@ -128,12 +128,13 @@ def _beside_engines(
 
 def _at(ways: Ways, inputs: Inputs, threads: int, repeats: int, work: int) -> list[Line]:
     from ..deploy.examples import call
-    from ..deploy.timing import in_turn, torch_threads
+    from ..deploy.timing import in_turn, median, torch_threads
 
     with torch_threads(threads):
-        taken = in_turn({n: lambda m=m: call(m, inputs) for n, m in ways.items()}, repeats)
+        times = in_turn({n: lambda m=m: call(m, inputs) for n, m in ways.items()}, repeats)
+    taken = {name: median(found) for name, found in times.items()}
     best = taken["torch"].ms
-    return [Line(name, threads, t.ms, t.iqr, 1e3 * work / t.ms, best / t.ms) for name, t in taken.items()]
+    return [Line(name, threads, t.ms, t.spread, 1e3 * work / t.ms, best / t.ms) for name, t in taken.items()]
 
 
 def _table(lines: list[Line], unit: str, model: str) -> Table:
