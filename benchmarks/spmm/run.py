@@ -59,7 +59,7 @@ class Case:
     def take(self, reply: dict) -> None:
         """Add one round, or the reason why there is none."""
         if "median_ms" not in reply:
-            self.why_not = reply.get("refused") or reply.get("failed")
+            self.why_not = reply["failed"]
             return
         self.rounds_ms.append(reply["median_ms"])
         self.error, self.kept_flops = reply["error"], reply["kept_flops"]
@@ -85,9 +85,12 @@ def start(solver: str, threads: int) -> subprocess.Popen:
 
 def ask(worker: subprocess.Popen, line: str) -> dict:
     """Send a case to a worker and wait for its answer."""
-    worker.stdin.write(line + "\n")
-    worker.stdin.flush()
-    reply = worker.stdout.readline()
+    try:
+        worker.stdin.write(line + "\n")
+        worker.stdin.flush()
+        reply = worker.stdout.readline()
+    except BrokenPipeError:
+        reply = ""
     return json.loads(reply) if reply else {"failed": f"worker died with exit code {worker.wait()}"}
 
 
@@ -98,7 +101,7 @@ def cases_for(threads: int, names: tuple[str, ...], zeros: tuple[float, ...]) ->
         for name in names
         for z in zeros
         for solver in solvers.ALL
-        if solvers.load(solver).SPARSE or z == DENSE_ZEROS
+        if (solvers.load(solver).SPARSE or z == DENSE_ZEROS) and name in getattr(solvers.load(solver), "STACKS", NAMES)
     ]
 
 
@@ -146,37 +149,35 @@ def show(x: float | None, form: str = "{:.2f}x") -> str:
     return "-" if x is None else form.format(x)
 
 
-def tables(cases: list[Case], rows: list[dict]) -> tuple[list[str], list[list[str]], list[str]]:
-    """Heads and rows of the speed-ups, and the times themselves as a second table in the notes."""
-    heads = ["stack", "zeros", "threads", "solver", "ms", "kept GF/s", "noise", "best dense engine"]
-    heads += ["over best dense", *(f"over {peer}" for peer in solvers.SPARSE_PEERS)]
-    of = {(c.solver, c.stack, c.zeros, c.threads): c for c in cases}
-    body = []
-    for row in rows:
-        case = of[row["solver"], row["stack"], row["zeros"], row["threads"]]
-        rate = case.kept_flops / case.median_ms / 1e6
-        body.append(
-            [
-                row["stack"], f"{row['zeros']:.2f}", str(row["threads"]), row["solver"], f"{case.median_ms:.3f}",
-                f"{rate:.0f}", f"{case.noise:.0%}", str(row["best_dense_engine"]), show(row["over_best_dense"]),
-                *(show(row[f"over_{peer}"]) for peer in solvers.SPARSE_PEERS),
-            ]
-        )  # fmt: skip
-    peers = [
-        [
-            c.stack,
-            "dense" if c.solver in solvers.DENSE_ENGINES else f"{c.zeros:.2f}",
-            str(c.threads),
-            c.solver,
-            show(c.median_ms if c.rounds_ms else None, "{:.3f}"),
-            f"{c.noise:.0%}" if c.rounds_ms else "-",
-            c.why_not or "",
-        ]
-        for c in cases
-        if c.solver not in solvers.OURS
+HEADS = ["stack", "zeros", "threads", "solver", "ms", "kept GF/s", "noise", "over best dense engine"]
+HEADS += [f"over {peer}" for peer in solvers.SPARSE_PEERS]
+
+
+def line(case: Case, gain: dict | None) -> list[str]:
+    """One row of the table: what was measured, and for our solvers the speed-ups."""
+    dense = case.solver in solvers.DENSE_ENGINES
+    rate = case.kept_flops / case.median_ms / 1e6 if case.rounds_ms and not dense else None
+    cells = [case.stack, "dense" if dense else f"{case.zeros:.2f}", str(case.threads), case.solver]
+    cells += [show(case.median_ms if case.rounds_ms else None, "{:.3f}"), show(rate, "{:.0f}")]
+    cells += [show(case.noise if case.rounds_ms else None, "{:.0%}")]
+    if gain is None:
+        return [*cells, *[""] * (1 + len(solvers.SPARSE_PEERS))]
+    over = f"{show(gain['over_best_dense'])} ({gain['best_dense_engine']})"
+    return [*cells, over, *(show(gain[f"over_{peer}"]) for peer in solvers.SPARSE_PEERS)]
+
+
+def report(cases: list[Case], gains: list[dict]) -> tuple[list[list[str]], list[str]]:
+    """The table's rows, case by case with all solvers together, and notes on what was refused."""
+    by_case = {(g["solver"], g["stack"], g["zeros"], g["threads"]): g for g in gains}
+    order = sorted(cases, key=lambda c: (c.threads, NAMES.index(c.stack), c.solver in solvers.DENSE_ENGINES, c.zeros))
+    shown = [c for c in order if c.rounds_ms]
+    rows = [line(c, by_case.get((c.solver, c.stack, c.zeros, c.threads))) for c in shown]
+    refused = {f"{c.solver} on {c.stack}: {c.why_not}" for c in cases if c.why_not}
+    notes = ["noise is the interquartile range of the rounds over their median; kept GF/s counts kept weights only"]
+    notes += [
+        f"dense engines were timed over weights with {DENSE_ZEROS:.0%} zeros, which they multiply like any others"
     ]
-    peer_heads = ["stack", "zeros", "threads", "solver", "ms", "noise", "why not"]
-    return heads, body, [table(peer_heads, peers)]
+    return rows, notes + sorted(refused)
 
 
 def main() -> None:
@@ -193,13 +194,13 @@ def main() -> None:
         some = cases_for(threads, NAMES, zeros)
         measure(some, threads, rounds, seconds)
         cases += some
-    rows = speedups(cases)
-    heads, body, peers = tables(cases, rows)
+    gains = speedups(cases)
+    rows, notes = report(cases, gains)
     if options.quick:
-        print(table(heads, body), *peers, sep="\n\n")
+        print(table(HEADS, rows), *notes, sep="\n")
     else:
-        record = {"settings": vars(options) | PASSIVE, "cases": [c.record() for c in cases], "speedups": rows}
-        print(f"wrote {write_results('spmm', record, heads, body, peers)}")
+        record = {"settings": vars(options) | PASSIVE, "cases": [c.record() for c in cases], "speedups": gains}
+        print(f"wrote {write_results('spmm', record, HEADS, rows, notes)}")
 
 
 if __name__ == "__main__":

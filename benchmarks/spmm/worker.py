@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 import time
+import warnings
 from functools import cache
 
 import torch
@@ -46,10 +47,8 @@ def measure(run, seconds: float) -> dict:
 
 
 def answer(solver: str, threads: int, line: str) -> dict:
-    """Measure the case that a line names, or say why it cannot be."""
+    """Measure the case that a line names."""
     name, zeros, seconds = line.split()
-    if name not in getattr(solvers.load(solver), "STACKS", (name,)):
-        return {"refused": f"{solver} does not run {name}"}
     run, error, flops = prepared(solver, threads, name, float(zeros))
     return {"error": error, "ok": error <= TOLERANCE, "kept_flops": flops, **measure(run, float(seconds))}
 
@@ -59,6 +58,8 @@ def main() -> None:
     parser.add_argument("--solver", required=True, choices=solvers.ALL)
     parser.add_argument("--threads", type=int, required=True)
     options = parser.parse_args()
+    # torch calls its CSR tensors a beta at every start.
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support")
     torch.set_num_threads(options.threads)
     for line in sys.stdin:
         try:
