@@ -16,6 +16,7 @@ from ..core.registry import get_method
 from ..core.select import select, select_across
 from ..core.sparsifier import Sparsifier, require_finite
 from ..core.support import Support
+from ..score import salt
 from .targets import Target, find
 
 
@@ -126,7 +127,7 @@ class Handle:
         weights = {t: self._view(t) for t in self.targets}
         for t, w in weights.items():
             require_finite(w, f"the weight of layer {t.name!r}")
-        scores = {t: s.score(w, {}) for t, w in weights.items()}
+        scores = {t: s.score(w, {"salt": salt(t.name)}) for t, w in weights.items()}
         if s.scope == "model":
             return select_across(scores, s.pattern, s.budget, step=self.steps)
         return {t: select(x, s.pattern, resolve(s.budget, self.steps)) for t, x in scores.items()}

@@ -20,6 +20,7 @@ from ..core.registry import get_method
 from ..core.schedule import at
 from ..core.select import select_across
 from ..core.sparsifier import Sparsifier, require_finite
+from ..score import salt
 from .sensitivity import allocate_by_sensitivity
 
 Progress = Callable[[str, int, int], None]
@@ -256,7 +257,7 @@ class _Run:
             return []
         for t in self.targets:
             if not self._resume(t):
-                self._prune_one(t, {}, time.perf_counter())
+                self._prune_one(t, {"salt": salt(t.name)}, time.perf_counter())
         return []
 
     def _prune_one(self, target: Target, stats: dict[str, Tensor], began: float) -> None:
@@ -268,7 +269,9 @@ class _Run:
         began = time.perf_counter()
         weights = {t: t.weight(self.model).detach() for t in self.targets}
         supports = select_across(
-            {t: sparsifier.score(w, {}) for t, w in weights.items()}, sparsifier.pattern, sparsifier.budget
+            {t: sparsifier.score(w, {"salt": salt(t.name)}) for t, w in weights.items()},
+            sparsifier.pattern,
+            sparsifier.budget,
         )
         for t, w in weights.items():
             self._finish(t, sparsifier.shrink(w, supports[t]), began)
