@@ -1,0 +1,100 @@
+"""Kernels read and write nothing but what they were given: every buffer ends, or starts, at an unreadable page.
+
+A stray access kills the process, so the products run in a child: this file run as a script.
+"""
+
+import ctypes
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import conv2d
+
+PAGE, READ_WRITE, NO_ACCESS, PRIVATE_ANONYMOUS = (
+    os.sysconf("SC_PAGESIZE") if hasattr(os, "sysconf") else 4096,
+    3,
+    0,
+    0x22,
+)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="guards pages with Linux's mmap and mprotect")
+def test_nothing_beyond_any_buffer_is_touched():
+    root = str(Path(__file__).parents[2])
+    child = subprocess.run(
+        [sys.executable, __file__], env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True
+    )
+    assert child.returncode == 0, f"exit code {child.returncode} (a negative one is a signal): {child.stderr[-2000:]}"
+
+
+def libc():
+    library = ctypes.CDLL(None)
+    library.mmap.restype = ctypes.c_void_p
+    library.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    library.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return library
+
+
+def guarded(tensor, at_end):
+    """A copy whose last (or first) byte touches an unreadable page; never unmapped, the child is short-lived."""
+    size = tensor.numel() * tensor.element_size()
+    if size == 0:
+        return tensor
+    room = -(-size // PAGE) * PAGE
+    base = libc().mmap(None, room + 2 * PAGE, READ_WRITE, PRIVATE_ANONYMOUS, -1, 0)
+    for page in (base, base + PAGE + room):
+        libc().mprotect(page, PAGE, NO_ACCESS)
+    memory = (ctypes.c_uint8 * size).from_address(base + PAGE + (room - size if at_end else 0))
+    return torch.frombuffer(memory, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def stream_of(rows, cols, g, density, at_end):
+    from gossamer.kernels.cpu.stream import Stream, stream
+
+    groups = -(-rows // g)
+    w = torch.randn(groups, g, cols) * (torch.rand(groups, 1, cols) < density)
+    w.view(-1, cols)[rows:] = 0
+    group_E, column_E = (w != 0).any(1).nonzero(as_tuple=True)
+    indptr = torch.zeros(groups + 1, dtype=torch.int32)
+    indptr[1:] = torch.bincount(group_E, minlength=groups).cumsum(0)
+    made = stream(g, rows, cols, indptr, column_E.to(torch.uint16), w[group_E, :, column_E].contiguous(), block=37)
+    parts = (guarded(part, at_end) for part in (made.starts_BG, made.indices_E, made.values_EG))
+    return Stream(g, rows, cols, made.block, *parts), w.view(-1, cols)[:rows]
+
+
+def one_round(at_end):
+    from gossamer.formats.bitmask import Bitmask
+    from gossamer.kernels.cpu import target
+    from gossamer.kernels.cpu.conv import spmm_conv
+    from gossamer.kernels.cpu.decode import bitmask_matvec
+    from gossamer.kernels.cpu.spmm import spmm, spmm_columns
+
+    g, rows, tokens = random.choice((1, 2, 4, 8)), random.randint(1, 150), random.choice((1, 2, 5, 16, 31, 70, 200))
+    channels, kernel = random.randint(1, 9), (random.choice((1, 3)), random.choice((1, 3, 5)))
+    weight, w = stream_of(rows, channels * kernel[0] * kernel[1], g, random.choice((0.05, 0.3, 1)), at_end)
+    x, bias = guarded(torch.randn(tokens, weight.cols), at_end), guarded(torch.randn(rows), at_end)
+    y = spmm(weight, x, bias, "gelu", guarded(torch.empty(tokens, rows), at_end))
+    x_columns = guarded(x.T.contiguous(), at_end)
+    columns = spmm_columns(weight, x_columns, bias, "gelu", guarded(torch.empty(rows, tokens), at_end))
+    torch.testing.assert_close(columns.T, y, atol=1e-4, rtol=1e-4)
+    image, padding = guarded(torch.randn(2, channels, 9, random.randint(5, 40)), at_end), (1, 2)
+    exact = conv2d(image, w.reshape(rows, channels, *kernel), bias, padding=padding)
+    spmm_conv(weight, image, kernel, padding, bias, out=guarded(torch.empty_like(exact), at_end))
+    if target.supports("bitmask") is None:
+        stored = Bitmask.from_dense(w)
+        parts = [guarded(part, at_end) for part in (stored.bits, stored.offsets, stored.values)]
+        bitmask_matvec(*parts, rows, weight.cols, guarded(x[:8].clone(), at_end), bias, "relu")
+
+
+if __name__ == "__main__":
+    from gossamer.kernels.cpu import decode, plan
+
+    plan.GRAIN = decode.GRAIN = 1
+    random.seed(0), torch.manual_seed(0)
+    for number in range(120):
+        torch.set_num_threads(1 + number % 2)
+        one_round(at_end=number % 3 > 0)
