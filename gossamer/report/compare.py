@@ -18,14 +18,15 @@ def best(rows: Iterable[EngineRow]) -> EngineRow | None:
     return max(rows, key=lambda row: row.throughput, default=None)
 
 
-def best_dense(run: Run, threads: int, unit: str) -> EngineRow | None:
-    """The fastest engine that ran the dense model with as many threads."""
+def best_dense(run: Run, threads: int, unit: str, *, precision: str = "fp32") -> EngineRow | None:
+    """The fastest engine that ran the dense model with as many threads, in that precision."""
     dense = {s.name for s in run.settings if s.is_dense}
-    return best(r for r in run.engines if r.setting in dense and r.threads == threads and r.unit == unit)
+    rows = (r for r in run.engines if r.setting in dense and r.precision == precision)
+    return best(r for r in rows if r.threads == threads and r.unit == unit)
 
 
 def speedup(run: Run, row: EngineRow) -> float | None:
-    """throughput(row) / throughput(best dense engine at the same threads); None where none was measured."""
+    """throughput(row) / throughput(best dense fp32 engine at the same threads); None where none was measured."""
     rival = best_dense(run, row.threads, row.unit)
     return None if rival is None or rival.throughput <= 0 else row.throughput / rival.throughput
 
@@ -96,17 +97,22 @@ def _phrases(run: Run, setting: Setting) -> Iterable[Phrase]:
     units = list(dict.fromkeys(r.unit for r in run.engines if r.setting == setting.name))
     for unit in units:
         row = fastest(run, setting, unit)
-        rival = best_dense(run, row.threads, unit)
-        if rival is not None:
+        rivals = (best_dense(run, row.threads, unit, precision=p) for p in _precisions(run))
+        for rival in filter(None, rivals):
             how = f"{row.threads} thread{'s' if row.threads > 1 else ''}" + (
                 f", {_kind(unit)}" if len(units) > 1 else ""
             )
             against = f"{rival.engine} ({how})"
-            times = speedup(run, row) or 0.0
+            times = _ratio(row.throughput, rival.throughput)
             yield _times(times, f"faster than {against}", f"slower than {against}", f"the speed of {against}")
     smaller = _ratio(run.dense.bytes_disk, setting.bytes_disk)
     yield _times(smaller, "smaller on disk", "larger on disk", "the size on disk")
     yield _quality(run.dense, setting)
+
+
+def _precisions(run: Run) -> list[str]:
+    """fp32 first: what the sparse model computes in. Rounding engines follow, so that none is left unsaid."""
+    return sorted({"fp32", *(r.precision for r in run.engines)}, key=lambda p: (p != "fp32", p))
 
 
 def _kind(unit: str) -> str:

@@ -81,6 +81,8 @@ class EngineRow:
         unit: such as "sentences/s" or "tokens/s".
         version: of the engine.
         note: anything a reader must know to read the figure.
+        precision: of weights and activations while it runs. Speed-ups are against the fastest "fp32" dense engine; an
+            engine that rounds further is compared by name.
     """
 
     setting: str
@@ -92,6 +94,7 @@ class EngineRow:
     unit: str
     version: str = ""
     note: str = ""
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)

@@ -244,3 +244,12 @@ def test_a_run_without_engines_or_layers_still_makes_a_page(tmp_path):
     page = write_report(bare, tmp_path / "report.html").read_text()
     assert "Layer by layer" not in page
     assert "1.6× smaller on disk" in page
+
+
+def test_a_dense_engine_that_rounds_to_bf16_is_named_beside_the_fp32_one():
+    run = encoder_run()
+    rounding = replace(run.engines[5], engine="openvino bf16", precision="bf16", throughput=2000.0)
+    run = replace(run, engines=(*run.engines, rounding))
+    fast = next(r for r in run.engines if r.engine == "gossamer" and r.threads == 2)
+    assert speedup(run, fast) == pytest.approx(2.1, rel=0.01)  # still against fp32
+    assert "slower than openvino bf16" in headline(run) and "faster than openvino (" in headline(run)

@@ -1,0 +1,123 @@
+"""The language-model demo: SmolLM2-135M at 50 % zeros by four methods, perplexity and tokens per second."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..data import fetch, load_model, load_tokenizer, perplexity, token_windows, wikitext2
+from ..deploy import pack, report_of, save
+from ..recipes.prune import prune
+from ..report.machine import hardware, versions
+from ..report.packed import layer_rows
+from ..report.record import Run, Setting
+from .stages import Stages
+from .timing import decode_rows
+
+Progress = Callable[[str, int, int], None]
+PPL = "WikiText-2 perplexity"
+TRAIN_CHARACTERS = 400_000  # calibration windows are drawn from this much text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One method at 50 % zeros."""
+
+    name: str
+    method: str
+
+
+PLANS = (Plan("magnitude 50 %", "magnitude"), Plan("Wanda 50 %", "wanda"), Plan("SparseGPT 50 %", "sparsegpt"))
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much text the demo reads: windows of `length` tokens for calibration and for perplexity."""
+
+    calibration: int = 16
+    test: int = 8
+    length: int = 1024
+
+
+FULL = Size()
+
+
+def run(
+    out: Path,
+    *,
+    seconds: float = 300.0,
+    progress: Progress | None = None,
+    size: Size = FULL,
+) -> Run:
+    """Prune the model by each method, measure perplexity, pack the best for decoding and measure its speed.
+
+    Args:
+        out: folder for the packed model.
+        seconds: about how long it may take; it bounds the time spent measuring speed.
+        progress: called with (what, done, total).
+        size: how much text to read.
+    """
+    began = time.perf_counter()
+    stage = Stages(progress, 4 + len(PLANS))
+    with stage("fetching the model and the text"):
+        fetch("smollm2-135m"), fetch("wikitext2")
+        dense, tokenizer = load_model("smollm2-135m"), load_tokenizer("smollm2-135m")
+        test = token_windows(tokenizer, wikitext2("test"), length=size.length, count=size.test)
+        calibration = _calibration(tokenizer, size)
+    with stage("perplexity of the dense model"):
+        settings = [_setting("dense", dense, perplexity(dense, test), 1.0, 0.0)]
+    best: tuple[float, Plan, nn.Module] | None = None
+    for plan in PLANS:
+        with stage(plan.name):
+            model, done_in = copy.deepcopy(dense), time.perf_counter()
+            report = prune(model, plan.method, density=0.5, data=calibration, progress=stage.inner)
+            done_in = time.perf_counter() - done_in
+            ppl = perplexity(model, test)
+            settings.append(_setting(plan.name, model, ppl, report.density, done_in))
+            if best is None or ppl < best[0]:
+                best = (ppl, plan, model)
+    assert best is not None
+    with stage(f"packing {best[1].name} for decoding"):
+        packed = pack(best[2], {"input_ids": test[:1, :1]}, inplace=True)
+        folder = save(packed, out / "packed", tokenizer=tokenizer)
+        settings = [_packed_size(s, packed, folder) if s.name == best[1].name else s for s in settings]
+    with stage("tokens per second"):
+        left = max(40.0, seconds - (time.perf_counter() - began))
+        rows = decode_rows({"dense": dense, best[1].name: packed}, test[:1, :64], seconds=left / 2)
+    return Run(
+        title="SmolLM2-135M on WikiText-2",
+        hardware=hardware(),
+        versions=versions(("torch", "numba", "transformers")),
+        settings=settings,
+        engines=rows,
+        layers=layer_rows(best[1].name, report_of(packed)),
+        notes=(
+            f"Perplexity over the first {size.test} windows of {size.length} tokens of WikiText-2's test text.",
+            f"Calibration: {size.calibration} windows of {size.length} tokens of its training text, the same for all.",
+            "The packaged weights are 4-bit; 'dense' means dequantised to float32. The output head stays dense.",
+            f"Only the best of the methods ({best[1].name}) was packed; all have the same number of zeros.",
+        ),
+        command="gossamer demo llm",
+        load_lines=(f'model = gossamer.load("{folder}")', "print(tokenizer.decode(model.generate(**tokens)[0]))"),
+    )
+
+
+def _calibration(tokenizer, size: Size) -> list[dict[str, Tensor]]:
+    text = wikitext2("train")[:TRAIN_CHARACTERS]
+    windows = token_windows(tokenizer, text, length=size.length, count=size.calibration, seed=0)
+    return [{"input_ids": w[None], "use_cache": False} for w in windows]
+
+
+def _setting(name: str, model: nn.Module, ppl: float, density: float, seconds: float) -> Setting:
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    return Setting(name, {PPL: ppl}, PPL, None, held, held, density, seconds, higher_is_better=False, quality_unit="")
+
+
+def _packed_size(setting: Setting, packed: nn.Module, folder: Path) -> Setting:
+    disk = sum((folder / f).stat().st_size for f in ("model.safetensors", "gossamer.json"))
+    return replace(setting, bytes_disk=disk, bytes_memory=report_of(packed).bytes_after)
