@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ..core.errors import TargetError
@@ -101,7 +102,10 @@ def _refusal(name: str, module: nn.Module, shared: set[int]) -> str | None:
 def _check(name: str, module: nn.Module) -> None:
     if module.weight.is_meta:
         raise TargetError(f"layer {name!r} is on the meta device and has no values; load the weights first")
-    require_finite(module.weight.detach(), f"the weight of layer {name!r}")
+    w = module.weight.detach()
+    # NaN and infinity show in the extremes, which is one reading; the count is for the message.
+    if not bool(torch.stack(w.aminmax()).isfinite().all()):
+        require_finite(w, f"the weight of layer {name!r}")
 
 
 def _observe(model: nn.Module, layers: dict[str, nn.Module], examples: Sequence[Example]) -> dict[str, list[int]]:

@@ -13,6 +13,8 @@ from torch.nn.functional import pad
 
 # A kept weight may happen to be zero: a pattern counts as found when its padding stays under 5 %.
 WASTE = 1.05
+# The same over the first rows alone, where chance weighs more.
+SAMPLE_ROWS, HINT = 64, 1.2
 GROUPS = (8, 4, 2)
 SPANS = (4, 8, 16)
 BLOCK_ROWS = (8, 4)
@@ -43,10 +45,20 @@ def detect(w_MK: Tensor) -> tuple[Structure, ...]:
         ['4-row groups', '2-row groups']
     """
     mask_MK = support_of(w_MK)
-    kept = int(mask_MK.sum())
+    kept = int(mask_MK.count_nonzero())
     if kept == mask_MK.numel():
         return ()
-    return (*_blocks(mask_MK, kept), *_groups(mask_MK, kept), *_n_of_m(mask_MK, kept))
+    # Most weights show in their first rows that they lack a structure; only those that may have it are read whole.
+    corner_RK = mask_MK[:SAMPLE_ROWS]
+    few = int(corner_RK.count_nonzero())
+    if kept and few and len(corner_RK) < len(mask_MK):
+        hints = _all(corner_RK, few, HINT)
+        return _all(mask_MK, kept, WASTE) if hints else ()
+    return _all(mask_MK, kept, WASTE)
+
+
+def _all(mask_MK: Tensor, kept: int, waste: float) -> tuple[Structure, ...]:
+    return (*_blocks(mask_MK, kept, waste), *_groups(mask_MK, kept, waste), *_n_of_m(mask_MK, kept, waste))
 
 
 def support_of(w: Tensor) -> Tensor:
@@ -56,7 +68,7 @@ def support_of(w: Tensor) -> Tensor:
 
 def density_of(w: Tensor) -> float:
     """Fraction of entries that are not zero."""
-    return float(support_of(w).sum()) / max(w.numel(), 1)
+    return float(w.detach().count_nonzero()) / max(w.numel(), 1)
 
 
 def tile_fill(mask_MK: Tensor, a: int, b: int) -> int:
@@ -67,32 +79,32 @@ def tile_fill(mask_MK: Tensor, a: int, b: int) -> int:
     return int(tiles.sum()) * a * b
 
 
-def _blocks(mask_MK: Tensor, kept: int) -> list[Structure]:
+def _blocks(mask_MK: Tensor, kept: int, waste: float) -> list[Structure]:
     found = []
     for a in BLOCK_ROWS:
         if a > mask_MK.shape[0]:
             continue
         for b in BLOCK_COLUMNS:
-            if b <= mask_MK.shape[1] and tile_fill(mask_MK, a, b) <= WASTE * kept:
+            if b <= mask_MK.shape[1] and tile_fill(mask_MK, a, b) <= waste * kept:
                 found.append(Structure(f"{a}x{b} blocks", "block", (("a", a), ("b", b))))
                 break
     return found
 
 
-def _groups(mask_MK: Tensor, kept: int) -> list[Structure]:
+def _groups(mask_MK: Tensor, kept: int, waste: float) -> list[Structure]:
     return [
         Structure(f"{g}-row groups", "rowgrouped", (("g", g),))
         for g in GROUPS
-        if g <= mask_MK.shape[0] and tile_fill(mask_MK, g, 1) <= WASTE * kept
+        if g <= mask_MK.shape[0] and tile_fill(mask_MK, g, 1) <= waste * kept
     ]
 
 
-def _n_of_m(mask_MK: Tensor, kept: int) -> list[Structure]:
+def _n_of_m(mask_MK: Tensor, kept: int, waste: float) -> list[Structure]:
     rows, cols = mask_MK.shape
     for m in SPANS:
         if rows == 0 or cols == 0 or cols % m:
             continue
         n = int(mask_MK.view(rows, cols // m, m).sum(-1, dtype=torch.int16).max())
-        if 0 < n < m and rows * cols * n <= WASTE * kept * m:
+        if 0 < n < m and rows * cols * n <= waste * kept * m:
             return [Structure(f"{n}:{m}", "nm", (("n", n), ("m", m)))]
     return []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import Bitmask
+from ..formats.bitmask import READ_AHEAD, row_bytes
 from ..formats.checks import BITS_OF
 from ..nn.linear import PackedLinear
 
@@ -76,7 +77,8 @@ def memory_bytes(model: nn.Module) -> int:
 
 def kept_entries(t: Tensor) -> int:
     """Entries that are not zero."""
-    return int((t.detach() != 0).sum())
+    t = t.detach()
+    return int(t.count_nonzero() if t.dtype in BITS_OF else (t != 0).sum())
 
 
 def compressible(h: Held) -> bool:
@@ -93,12 +95,18 @@ def compress(t: Tensor) -> Bitmask:
     return Bitmask.from_dense(rows, rows != 0)
 
 
+def compressed_size(t: Tensor) -> int:
+    """Bytes of `compress(t)`, without making it."""
+    rows, cols = t.shape[0], t[0].numel()
+    return rows * row_bytes(cols) + 4 * (rows + 1) + (kept_entries(t) + READ_AHEAD) * t.element_size()
+
+
 def disk_bytes(model: nn.Module) -> int:
     """Bytes of the tensors as `save` writes them, before headers."""
     inside = packed_parts(model)
     total = 0
     for name, h in once(model)[0].items():
-        total += compress(h.tensor).nbytes if name not in inside and compressible(h) else size(h.tensor)
+        total += compressed_size(h.tensor) if name not in inside and compressible(h) else size(h.tensor)
     return total
 
 
