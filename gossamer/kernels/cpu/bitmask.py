@@ -44,11 +44,11 @@ def copy_tokens(args, scratch, tokens, width):
     for t in range(tokens):
         target = scratch + 4 * t * width
         if t >= get(args + TOKENS):
-            copy_row(16, x, target, 0, width)
+            copy_row(16, target, target, 0, width)
         elif size == 4:
             copy_row(16, x + 4 * t * cols, target, cols, width)
         else:
-            copy_row(16, x, target, 0, width)
+            copy_row(16, target, target, 0, width)
             widen_row(x + 2 * t * cols, target, cols)
 
 

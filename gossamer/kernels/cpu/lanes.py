@@ -262,12 +262,19 @@ def transpose(typing, lanes, ragged, finish, source, source_row, rows, cols, tar
         def row_mask(mask, r, count):
             return b.select(b.icmp_signed("<", _n(r), count), mask, ir.Constant(bits, None))
 
+        def row_place(base, stride, r, count):
+            # A masked access to an unmapped page costs hundreds of cycles even if no lane is set: stay on real rows.
+            row = b.select(b.icmp_signed("<", _n(r), count), _n(r), _n(0)) if masked else _n(r)
+            return b.add(base, b.mul(stride, row))
+
+        def source_vector(r):
+            place = row_place(source, source_row, r, rows)
+            if not masked:
+                return _load(b, place, kind, 4)
+            return _masked_load(b, place, row_mask(inside, r, rows), L)
+
         inside = _lane_mask(b, cols, L) if masked else None
-        vectors = []
-        for r in range(L):
-            place = b.add(source, b.mul(source_row, _n(r)))
-            whole = not masked
-            vectors.append(_load(b, place, kind, 4) if whole else _masked_load(b, place, row_mask(inside, r, rows), L))
+        vectors = [source_vector(r) for r in range(L)]
         wanted = _lane_mask(b, width, L) if masked else None
         if finishing:
             bias = _masked_load(b, add, wanted, L) if masked else _load(b, add, kind, 4)
@@ -276,7 +283,7 @@ def transpose(typing, lanes, ragged, finish, source, source_row, rows, cols, tar
             if finishing:
                 vector = b.fadd(vector, bias)
                 vector = b.select(b.fcmp_ordered("<", vector, bound), bound, vector)
-            place = b.add(target, b.mul(target_row, _n(c)))
+            place = row_place(target, target_row, c, cols)
             if masked:
                 _masked_store(b, vector, place, row_mask(wanted, c, cols), L)
             else:

@@ -52,18 +52,25 @@ def pack_columns(x, x_row, tokens, cols, panel, width):
 
 
 @helper
-def finish(source, target, count, bias, code):
-    """One row of sums through bias and activation."""
+def finish(source, source_row, target, target_row, rows, count, bias, bias_step, code):
+    """Rows of `count` sums through bias and activation; the choice of activation is made once for all rows."""
     if code == 0:
-        finish_row(LANES, NONE, 0, source, target, count, bias)
+        for r in range(rows):
+            finish_row(LANES, NONE, 0, source + r * source_row, target + r * target_row, count, bias + r * bias_step)
     elif code == 1:
-        finish_row(LANES, RELU, 0, source, target, count, bias)
+        for r in range(rows):
+            finish_row(LANES, RELU, 0, source + r * source_row, target + r * target_row, count, bias + r * bias_step)
     elif code == 2:
-        finish_row(LANES, GELU, 0, source, target, count, bias)
+        for r in range(rows):
+            finish_row(LANES, GELU, 0, source + r * source_row, target + r * target_row, count, bias + r * bias_step)
     elif code == 3:
-        finish_row(LANES, GELU_TANH, 0, source, target, count, bias)
+        for r in range(rows):
+            finish_row(
+                LANES, GELU_TANH, 0, source + r * source_row, target + r * target_row, count, bias + r * bias_step
+            )
     else:
-        finish_row(LANES, SILU, 0, source, target, count, bias)
+        for r in range(rows):
+            finish_row(LANES, SILU, 0, source + r * source_row, target + r * target_row, count, bias + r * bias_step)
 
 
 @helper
@@ -74,9 +81,7 @@ def store_rows(args, sums, sums_row, row, rows, y, tokens):
     if bias == 0:
         bias, bias_step = zero, 0
     if code > 1:
-        for r in range(rows):
-            line = sums + r * sums_row
-            finish(line, line, tokens, bias + bias_step * (row + r), code)
+        finish(sums, sums_row, sums, sums_row, rows, tokens, bias + bias_step * row, bias_step, code)
         bias, bias_step = zero, 0
     # Tokens outside, rows inside: consecutive lines of a few tokens, which the memory takes better than one of many.
     for t in range(0, tokens, LANES):
@@ -95,8 +100,7 @@ def store_columns(args, sums, sums_row, row, rows, y, tokens):
     code, bias, bias_step, y_row = get(args + ACTIVATION), get(args + BIAS), 4, get(args + Y_ROW)
     if bias == 0:
         bias, bias_step = get(args + ZERO), 0
-    for r in range(rows):
-        finish(sums + r * sums_row, y + (row + r) * y_row, tokens, bias + bias_step * (row + r), code)
+    finish(sums, sums_row, y + row * y_row, y_row, rows, tokens, bias + bias_step * row, bias_step, code)
 
 
 @helper
@@ -113,7 +117,7 @@ def pack_lines(args, image, first, lines, panel):
         copy_row(LANES, source, target, 0, pad)
         for k in range(lines):
             h = first + k - get(args + PAD_HIGH)
-            count = wide if 0 <= h < high else 0
+            h, count = (h, wide) if 0 <= h < high else (0, 0)
             copy_row(LANES, source + 4 * h * wide, target + 4 * (k * line + pad), count, line)
 
 
@@ -125,9 +129,9 @@ def store_lines(args, sums, sums_row, row, rows, y, first, tokens):
     if bias == 0:
         bias, bias_step = get(args + ZERO), 0
     start, column = first // line * kept, first % line
+    finish(sums, sums_row, sums, sums_row, rows, tokens, bias + bias_step * row, bias_step, code)
     for r in range(rows):
         source, target = sums + r * sums_row, y + (row + r) * y_row + 4 * start
-        finish(source, source, tokens, bias + bias_step * (row + r), code)
         done, w = 0, column
         while done < tokens:
             count = min(kept - w, tokens - done)

@@ -113,48 +113,73 @@ def known(stream: Stream, key: tuple) -> Plan | None:
     return plan if plan is not None and plan.addresses == stream.addresses else None
 
 
-def make_plan(stream: Stream, key: tuple, layout: Layout, code: int, threads: int) -> Plan:
-    """Cut the work into tasks (images x panels x chunks of rows) and size every thread's scratch memory."""
-    starts_at, indices_at, values_at = stream.addresses
-    index_bytes, unit, image = 2 if stream.indices_E.dtype is torch.uint16 else 4, panel_width() * 4, layout.image
-    columns, positions, width = stream.cols, layout.tokens, lanes()
-    if image is not None:
-        indices_at, index_bytes, unit = image.offsets_E.data_ptr(), 4, 4
-        columns, positions = image.channels, layout.tokens * image.line
-    entry, most = kernel_for(stream.g, index_bytes), _widest[stream.g]
+@dataclass(frozen=True)
+class _Cut:
+    """How the work is cut: `panels` of tokens per image x `chunks` of rows, tiles at most `wide` vectors wide."""
+
+    panels: int
+    chunks: int
+    wide: int
+    threads: int
+
+    def tasks(self, images: int) -> int:
+        return self.panels * self.chunks * images
+
+
+def _cut(stream: Stream, layout: Layout, threads: int) -> _Cut:
+    """Panels as wide as a register tile, and enough tasks for as many threads as the work pays for."""
+    image, most = layout.image, _widest[stream.g]
     in_panels = PANEL_MAJOR in (layout.x_kind, layout.y_kind)
     if in_panels:
         # Tiles must not straddle two panels of four vectors.
         most = 1 << (min(4, most).bit_length() - 1)
-    vectors = -(-positions // width)
-    panels = -(-vectors // most) if image is None else -(-layout.tokens // image.panel_lines)
-    wide = most if in_panels or image is not None else -(-vectors // panels)
-    batches = -(-stream.rows // _BATCH)
-    threads = max(1, min(threads, stream.values_EG.numel() * positions * layout.images // GRAIN))
-    chunks = _chunks(panels * layout.images, batches, threads)
-    tasks = panels * layout.images * chunks
-    packed = 0 if layout.x_kind == PANEL_MAJOR else 4 * columns * (image.floats if image else width * wide)
+    positions = layout.tokens * (image.line if image else 1)
+    vectors = -(-positions // lanes())
+    panels = -(-layout.tokens // image.panel_lines) if image else -(-vectors // most)
+    wide = most if in_panels or image else -(-vectors // panels)
+    worth = stream.values_EG.numel() * positions * layout.images // GRAIN
+    threads = max(1, min(threads, worth))
+    chunks = _chunks(panels * layout.images, -(-stream.rows // _BATCH), threads)
+    return _Cut(panels, chunks, wide, min(threads, panels * chunks * layout.images))
+
+
+def _memory(stream: Stream, layout: Layout, cut: _Cut) -> tuple[int, int, int]:
+    """Scratch bytes of a thread; where its sums start; and bytes of sums kept per batch between column blocks."""
+    image, tile = layout.image, lanes() * cut.wide
+    panel = 4 * (image.channels * image.floats if image else stream.cols * tile)
     # The last tile of an image reads, and drops, up to one tile beyond its panel.
-    packed = -(-packed // 64) * 64 + (4 * width * wide if image else 0)
-    sums = 4 * _BATCH * width * wide
-    hold = sums if stream.blocks > 1 else 0
-    each = packed + max(sums, hold * -(-batches // chunks)) + 64
+    panel = 0 if layout.x_kind == PANEL_MAJOR else -(-panel // 64) * 64 + (4 * tile if image else 0)
+    batch = 4 * _BATCH * tile
+    batches = -(-stream.rows // (_BATCH * cut.chunks)) if stream.blocks > 1 else 1
+    return panel + batch * batches + 64, panel, batch if stream.blocks > 1 else 0
+
+
+def make_plan(stream: Stream, key: tuple, layout: Layout, code: int, threads: int) -> Plan:
+    """Lay the work out for one size of x and remember it under `key`."""
+    starts_at, indices_at, values_at = stream.addresses
+    index_bytes, unit, columns, image = stream.indices_E.element_size(), 4 * panel_width(), stream.cols, layout.image
+    if image is not None:
+        indices_at, index_bytes, unit, columns = image.offsets_E.data_ptr(), 4, 4, image.channels
+    entry = kernel_for(stream.g, index_bytes)
+    cut = _cut(stream, layout, threads)
+    scratch_bytes, sums_at, hold = _memory(stream, layout, cut)
     lines = (0,) * 9 if image is None else tuple(getattr(image, field.name) for field in fields(image)[2:])
     fixed = _pack_plan(
-        tasks, chunks, panels, each,
+        cut.tasks(layout.images), cut.chunks, cut.panels, scratch_bytes,
         layout.x_kind, layout.y_kind, layout.x_row, layout.x_image, layout.y_row, layout.y_image,
         layout.tokens, stream.rows, columns, stream.groups, stream.blocks, starts_at, indices_at, values_at,
         code, _BOUND_AT + 4 * (code == 1), _ZERO_AT,
-        wide, panel_width() // width, unit, packed, hold, *lines,
+        cut.wide, panel_width() // lanes(), unit, sums_at, hold, *lines,
     )  # fmt: skip
-    threads = min(threads, tasks)
     if len(stream.plans) >= _MOST_PLANS:
         stream.plans.clear()
-    plan = stream.plans[key] = Plan(entry, threads, each * threads, fixed, stream.addresses)
+    plan = Plan(entry, cut.threads, scratch_bytes * cut.threads, fixed, stream.addresses)
+    stream.plans[key] = plan
     return plan
 
 
 def run(plan: Plan, x_at: int, y_at: int, bias_M: Tensor | None) -> None:
+    """Run a plan on the x and y at these addresses."""
     place = workplace
     scratch_at = place.scratch_of(plan.scratch_bytes)
     bias_at = 0 if bias_M is None else bias_M.data_ptr()
