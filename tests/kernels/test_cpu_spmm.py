@@ -1,6 +1,8 @@
 """The CPU sparse products against float64 torch, on odd shapes, with memory around every buffer poisoned."""
 
 import logging
+import os
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -309,6 +311,34 @@ def test_compiled_kernels_come_from_disk_in_a_second_process(tmp_path, monkeypat
         for _ in range(2)
     ]
     assert runs[0].count("compiling") == 2 and "compiling" not in runs[1]
+
+
+OLDER = """
+import torch
+from gossamer.kernels.cpu import spmm, stream, target
+w = torch.randn(45, 70) * (torch.rand(45, 70) < 0.3)
+row, column = w.nonzero(as_tuple=True)
+starts = torch.zeros(46, dtype=torch.int32)
+starts[1:] = torch.bincount(row, minlength=45).cumsum(0)
+weight = stream.stream(1, 45, 70, starts, column.to(torch.uint16), w[row, column])
+for tokens in (1, 7, 50):
+    for activation in ("relu", "gelu", "silu"):
+        exact = getattr(torch.nn.functional, activation)
+        x = torch.randn(tokens, 70)
+        error = (spmm.spmm(weight, x, None, activation) - exact(x.double() @ w.double().T)).abs().max()
+        assert error < 2e-5, (tokens, activation, error)
+assembly = spmm.kernel_for(1, 2).kernel._library.get_asm_str()
+print(target.lanes(), "zmm" in assembly, "ymm" in assembly)
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names x86 processors")
+@pytest.mark.parametrize("processor, said", [("haswell", "8 False True"), ("nehalem", "4 False False")])
+def test_older_processors_get_code_that_they_can_run(processor, said, tmp_path):
+    # A cache of its own: Numba shows no assembly of what it read from disk.
+    older = {**os.environ, "NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": "", "GOSSAMER_CACHE_DIR": str(tmp_path)}
+    child = subprocess.run([sys.executable, "-c", OLDER], env=older, capture_output=True, text=True)
+    assert child.returncode == 0 and child.stdout.split("\n")[0] == said, child.stderr[-2000:] + child.stdout
 
 
 def test_import_does_not_load_numba():
