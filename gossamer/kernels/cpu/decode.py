@@ -16,6 +16,7 @@ from gossamer.kernels.cpu.target import supports
 from gossamer.kernels.cpu.workplace import workplace
 
 MOST_TOKENS = 8
+_FLOATS = (torch.float32, torch.bfloat16)
 # Mask bits that pay for waking one more thread: about ten microseconds of work.
 GRAIN = 300_000
 _pack_into = struct.Struct("=19q").pack_into
@@ -79,9 +80,12 @@ def bitmask_matvec(
     y_TM = torch.empty(tokens, rows, dtype=torch.float32, device="cpu")
     if rows:
         bias_M = _bias_of(rows, bias_M, code)
+        weight_at = bits.data_ptr(), offsets.data_ptr(), values.data_ptr()
+        x_at, x_bytes, y_at = x_TK.data_ptr(), x_TK.element_size(), y_TM.data_ptr()
         for first in range(0, tokens, MOST_TOKENS):
-            last = min(tokens, first + MOST_TOKENS)
-            _launch(bits, offsets, values, rows, cols, x_TK[first:last], bias_M, code, y_TM[first:last])
+            some = min(MOST_TOKENS, tokens - first)
+            x_now, y_now = x_at + first * cols * x_bytes, y_at + 4 * first * rows
+            _launch(weight_at, values.element_size(), rows, cols, some, x_now, x_bytes, bias_M, code, y_now)
     return y_TM if x_TK.dtype is torch.float32 else y_TM.to(x_TK.dtype)
 
 
@@ -96,23 +100,23 @@ def _bias_of(rows: int, bias_M: Tensor | None, code: int) -> Tensor | None:
 
 def _check(bits, offsets, values, rows, cols, x_TK, bias_M) -> None:
     width = 2 * -(-cols // 16)
-    if bits.dtype is not torch.uint8 or tuple(bits.shape) != (rows, width) or not bits.is_contiguous():
+    if bits.dtype is not torch.uint8 or bits.shape != (rows, width) or not bits.is_contiguous():
         raise FormatError(f"bits must be contiguous uint8 [{rows}, {width}], got {bits.dtype} {tuple(bits.shape)}")
-    if offsets.dtype is not torch.int32 or tuple(offsets.shape) != (rows + 1,) or not offsets.is_contiguous():
+    if offsets.dtype is not torch.int32 or offsets.shape != (rows + 1,) or not offsets.is_contiguous():
         raise FormatError(f"offsets must be int32 [{rows + 1}], got {offsets.dtype} {tuple(offsets.shape)}")
-    if values.dtype not in (torch.float32, torch.bfloat16) or values.dim() != 1 or not values.is_contiguous():
+    if values.dtype not in _FLOATS or values.dim() != 1 or not values.is_contiguous():
         raise FormatError(f"values must be flat float32 or bfloat16, got {values.dtype} {tuple(values.shape)}")
-    if x_TK.dim() != 2 or x_TK.shape[1] != cols or not x_TK.is_contiguous():
-        raise FormatError(f"x must be contiguous [T, {cols}], got {tuple(x_TK.shape)}; call .contiguous()")
-    if x_TK.dtype not in (torch.float32, torch.bfloat16):
+    if x_TK.dim() != 2 or x_TK.shape[1] != cols or not x_TK.is_contiguous() or not x_TK.is_cpu:
+        raise FormatError(f"x must be contiguous [T, {cols}] on the CPU, got {tuple(x_TK.shape)} on {x_TK.device}")
+    if x_TK.dtype not in _FLOATS:
         raise FormatError(f"x must be float32 or bfloat16, got {x_TK.dtype}; convert it")
     need_bias(rows, bias_M)
 
 
-def _launch(bits, offsets, values, rows, cols, x_TK, bias_M, code, y_TM) -> None:
-    tokens, width = x_TK.shape[0], 16 * -(-cols // 16)
-    padded = 1 << (tokens - 1).bit_length()
-    entry = _kernel(padded, values.element_size())
+def _launch(weight_at, value_bytes, rows, cols, tokens, x_at, x_bytes, bias_M, code, y_at) -> None:
+    """One pass over the weights for at most eight tokens; everything in memory by its address."""
+    width, padded = 16 * -(-cols // 16), 1 << (tokens - 1).bit_length()
+    entry = _kernel(padded, value_bytes)
     wanted = max(1, min(torch.get_num_threads(), rows * width // GRAIN))
     # Rows per task: four tasks a thread even out the load; whole cache lines of y, sixteen floats, stay together.
     each = min(1024, 16 * -(-rows // (16 * (4 * wanted if wanted > 1 else 1))))
@@ -120,11 +124,12 @@ def _launch(bits, offsets, values, rows, cols, x_TK, bias_M, code, y_TM) -> None
     threads = min(wanted, tasks)
     scratch_bytes = 4 * padded * (width + each) + 64
     place = workplace
-    scratch = place.scratch_of(scratch_bytes * threads)
+    scratch_at = place.scratch_of(scratch_bytes * threads)
+    bits_at, offsets_at, values_at = weight_at
     _pack_into(
         place.args, 0,
-        0, 0, tasks, each, scratch, scratch_bytes, x_TK.data_ptr(), x_TK.element_size(), y_TM.data_ptr(),
-        tokens, rows, cols, bits.data_ptr(), 2 * -(-cols // 16), offsets.data_ptr(), values.data_ptr(),
+        0, 0, tasks, each, scratch_at, scratch_bytes, x_at, x_bytes, y_at,
+        tokens, rows, cols, bits_at, width // 8, offsets_at, values_at,
         0 if bias_M is None else bias_M.data_ptr(), code, width,
     )  # fmt: skip
     entry.run(place.args_at, threads)
