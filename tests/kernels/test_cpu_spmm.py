@@ -167,6 +167,21 @@ def test_panels_between_layers_equal_rows(g, tokens, threads):
     assert torch.equal(spmm(second, hidden).rows(), y)
 
 
+@pytest.mark.parametrize("g", [1, 4, 8])
+@pytest.mark.parametrize("count", [1, 64, 100, 196])
+def test_columns_through_panels(g, count, threads):
+    first, w1 = weights(70, 40, g, 0.3)
+    second, w2 = weights(33, 70, g, 0.3, seed=1)
+    x, bias = torch.randn(40, count), torch.randn(70)
+    hidden = spmm_columns(first, x, bias, "gelu", empty_panels(count, 70))
+    close(hidden.rows(), x.T, w1, bias, "gelu")
+    y, around = poisoned(33, count)
+    assert spmm_columns(second, hidden, out=y) is y and untouched(around)
+    close(y.T, hidden.rows(), w2, torch.zeros(33))
+    with pytest.raises(FormatError, match="x must be"):
+        spmm_columns(first, hidden)
+
+
 @pytest.mark.parametrize("g", [1, 4])
 @pytest.mark.parametrize("kernel, padding", [((3, 3), (1, 1)), ((3, 3), (0, 0)), ((1, 5), (0, 2)), ((5, 3), (2, 0))])
 @pytest.mark.parametrize("high, wide", [(5, 7), (28, 28), (9, 33)])

@@ -25,7 +25,7 @@ def to_stream(layer: Layer, g: int) -> Stream:
 
 
 def prepare(stack: Stack, threads: int, g: int, *, in_panels: bool = False):
-    """Layers one after the other; with `in_panels` the MLP's hidden activations keep the kernels' own layout."""
+    """Layers one after the other; with `in_panels` hidden activations keep the kernels' own layout."""
     torch.set_num_threads(threads)
     layers = [(to_stream(layer, g), layer) for layer in stack.layers]
 
@@ -40,8 +40,10 @@ def prepare(stack: Stack, threads: int, g: int, *, in_panels: bool = False):
 
     def pointwise():
         x = stack.x[0].flatten(1)
-        for weight, layer in layers:
-            x = spmm_columns(weight, x, layer.bias_M, layer.activation)
+        for i, (weight, layer) in enumerate(layers):
+            inner = in_panels and i + 1 < len(layers)
+            out = empty_panels(stack.x[0, 0].numel(), weight.rows) if inner else None
+            x = spmm_columns(weight, x, layer.bias_M, layer.activation, out)
         return x.view(1, -1, *stack.x.shape[2:])
 
     def spatial():

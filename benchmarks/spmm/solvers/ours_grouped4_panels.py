@@ -1,9 +1,9 @@
-"""Groups of four rows, with hidden activations left in panels between layers (linear layers only)."""
+"""Groups of four rows, with hidden activations left in panels between layers (not for 3x3 convolutions)."""
 
 from benchmarks.spmm.solvers import ours
 
 TIED, SPARSE = 4, True
-STACKS = ("mlp",)
+STACKS = ("conv1x1", "mlp")
 
 
 def prepare(stack, threads):

@@ -138,19 +138,19 @@ def _panel_output(stream: Stream, out: Panels, tokens: int) -> int:
 
 def spmm_columns(
     stream: Stream,
-    x_KN: Tensor,
+    x_KN: Tensor | Panels,
     bias_M: Tensor | None = None,
     activation: str = "none",
-    out: Tensor | None = None,
-) -> Tensor:
+    out: Tensor | Panels | None = None,
+) -> Tensor | Panels:
     """Multiply sparse weights by columns: Y = act(W X + b), the product of a 1x1 convolution.
 
     Args:
         stream: the weights W [M, K].
-        x_KN: float32 [K, N] or [images, K, N], contiguous.
+        x_KN: float32 [K, N] or [images, K, N], contiguous; or the `Panels` of an earlier layer, for one image.
         bias_M: float32 [M].
         activation: as in `spmm`.
-        out: where to write, [M, N] or [images, M, N]; made when None.
+        out: where to write, [M, N] or [images, M, N], or `Panels` for one image; made when None.
 
     Raises:
         FormatError: a shape, dtype or layout does not fit.
@@ -161,6 +161,8 @@ def spmm_columns(
     """
     code = activation_code(activation)
     need_bias(stream.rows, bias_M)
+    if isinstance(x_KN, Panels) or isinstance(out, Panels):
+        return _columns_or_panels(stream, x_KN, bias_M, code, out)
     need_floats("x", x_KN, f"[..., {stream.cols}, N]", x_KN.dim() in (2, 3) and x_KN.shape[-2] == stream.cols)
     count, images = x_KN.shape[-1], x_KN.shape[0] if x_KN.dim() == 3 else 1
     out = output(out, (*x_KN.shape[:-2], stream.rows, count))
@@ -172,4 +174,27 @@ def spmm_columns(
             layout = Layout(count, COLUMN_MAJOR, row, COLUMN_MAJOR, row, images, row * stream.cols, row * stream.rows)
             plan = make_plan(stream, key, layout, code, threads)
         run(plan, x_KN.data_ptr(), out.data_ptr(), bias_M)
+    return out
+
+
+def _columns_or_panels(
+    stream: Stream, x: Tensor | Panels, bias_M: Tensor | None, code: int, out: Tensor | Panels | None
+) -> Tensor | Panels:
+    """One image of which x, y or both are in panels and the other in columns."""
+    if isinstance(x, Panels):
+        x_at, x_kind, count = _input(stream, x)
+    else:
+        need_floats("x", x, f"[{stream.cols}, N]", x.dim() == 2 and x.shape[0] == stream.cols)
+        x_at, x_kind, count = x.data_ptr(), COLUMN_MAJOR, x.shape[1]
+    if isinstance(out, Panels):
+        y_at, y_kind, y_row = _panel_output(stream, out, count), PANEL_MAJOR, 4 * panel_width()
+    else:
+        out = output(out, (stream.rows, count))
+        y_at, y_kind, y_row = out.data_ptr(), COLUMN_MAJOR, 4 * count
+    if count and stream.rows:
+        threads = torch.get_num_threads()
+        key = ("one image", x_kind, y_kind, count, code, threads)
+        if (plan := known(stream, key)) is None:
+            plan = make_plan(stream, key, Layout(count, x_kind, 4 * count, y_kind, y_row), code, threads)
+        run(plan, x_at, y_at, bias_M)
     return out
