@@ -51,7 +51,7 @@ class Plan:
 
 # Groups of four rows share a support, and all groups of a matrix compete: the pattern chosen for speed.
 ROWS = "([o] {4}) [i]"
-RECOVER_LR = 3e-3
+RECOVER_LR = 5e-3
 # Exporting to the dense engines and starting every worker.
 START_SECONDS = 60.0
 PLANS = (

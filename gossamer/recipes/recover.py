@@ -6,13 +6,14 @@ Shape suffixes: B texts, T tokens, D width.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..attach.weights import hold
+from ..attach.weights import Handle, hold
 from ..core.errors import CalibrationError
 from ..core.schedule import Linear
 
@@ -84,12 +85,12 @@ def recover(
     if not batches:
         raise CalibrationError("recover got no batches; pass inputs such as encode_batches(tokenizer, texts)")
     began, losses = time.perf_counter(), []
-    parameters = _trainable(model)
-    optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.95))
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    optimizer = torch.optim.Adam(_trainable(model), lr=lr, betas=(0.9, 0.95), fused=True)
     handle = hold(model, optimizer=optimizer)
     rise, fall = Linear(0.0, 1.0, steps=100), Linear(1.0, 0.0, steps=100)
     model.train(False)  # no dropout: the teacher has none either
-    try:
+    with _plain_attention(model, teacher), _released(handle, before):
         for step in range(steps):
             done = max(step / steps, (time.perf_counter() - began) / seconds if seconds else 0.0)
             if done >= 1.0:
@@ -102,11 +103,32 @@ def recover(
             handle.step()
             if progress is not None:
                 progress("recover", step + 1, steps)
+    return RecoverReport(len(losses), time.perf_counter() - began, tuple(losses))
+
+
+@contextmanager
+def _released(handle: Handle, before: Sequence[tuple[nn.Parameter, bool]]) -> Iterator[None]:
+    """Whatever happens, the masks go, and what was frozen before is as frozen after."""
+    try:
+        yield
     finally:
         handle.remove()
-        for p in model.parameters():
-            p.requires_grad_(True)
-    return RecoverReport(len(losses), time.perf_counter() - began, tuple(losses))
+        for p, trainable in before:
+            p.requires_grad_(trainable)
+
+
+@contextmanager
+def _plain_attention(*models: nn.Module) -> Iterator[None]:
+    """transformers' plain attention while training: torch's fused one is many times slower backward on CPUs."""
+    switchable = [m for m in models if hasattr(m, "set_attn_implementation")]
+    before = [m.config._attn_implementation for m in switchable]
+    try:
+        for m in switchable:
+            m.set_attn_implementation("eager")
+        yield
+    finally:
+        for m, name in zip(switchable, before):
+            m.set_attn_implementation(name)
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

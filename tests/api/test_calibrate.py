@@ -167,7 +167,9 @@ def test_layers_fed_by_one_tensor_share_its_gram_and_others_do_not() -> None:
     model, batch = llama()
     collect, grams = Collector(("gram",)), {}
     targets = find(model).targets
-    stream(model, [batch], targets, lambda a: grams.__setitem__(a.target.name, collect(a, a.target.module(model))["gram"]))
+    stream(
+        model, [batch], targets, lambda a: grams.__setitem__(a.target.name, collect(a, a.target.module(model))["gram"])
+    )
     layer = "model.layers.0.self_attn."
     assert grams[layer + "q_proj"] is grams[layer + "k_proj"]
     assert grams[layer + "q_proj"] is not grams[layer + "o_proj"]
