@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import platform
-import re
 import time
 import traceback
 from collections.abc import Sequence
@@ -14,6 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
+from gossamer.core.files import whole_file
+from gossamer.report.machine import hardware, slug
 
 HERE = Path(__file__).parent
 
@@ -59,25 +60,19 @@ def show(result: Result) -> str:
     )
 
 
-def hardware() -> str:
-    """The processor's own name."""
-    info = Path("/proc/cpuinfo")
-    found = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return found[0].strip() if found else platform.processor() or platform.machine()
-
-
 def write(results: Sequence[Result], folder: Path, *, full: bool) -> None:
     """Results beside the hardware's name, as JSON and Markdown; rows not run now stay as they were."""
-    folder.mkdir(parents=True, exist_ok=True)
-    size = "full" if full else "short"
-    stem = folder / re.sub(r"\W+", "-", f"{hardware()} {size}").strip("-").lower()
+    stem = folder / f"{slug()}-{'full' if full else 'short'}"
     path = stem.with_suffix(".json")
     rows = {r["row"]: r for r in json.loads(path.read_text())["rows"]} if path.exists() else {}
     rows |= {r.row: asdict(r) for r in results}
-    record = {"machine": hardware(), "threads": torch.get_num_threads(), "torch": torch.__version__, "size": size}
-    path.write_text(json.dumps({**record, "rows": [rows[n] for n in sorted(rows)]}, indent=1) + "\n")
-    head = f"# Claims on {hardware()}, {torch.get_num_threads()} threads, {size}\n\n"
-    stem.with_suffix(".md").write_text(head + "\n".join(show(Result(**rows[n])) for n in sorted(rows)))
+    cpu, threads = hardware()["cpu"], torch.get_num_threads()
+    record = {"machine": hardware(), "threads": threads, "torch": torch.__version__, "full": full}
+    with whole_file(path) as draft:
+        draft.write_text(json.dumps({**record, "rows": [rows[n] for n in sorted(rows)]}, indent=1) + "\n")
+    head = f"# Claims on {cpu}, {threads} threads, {'full' if full else 'short'}\n\n"
+    with whole_file(stem.with_suffix(".md")) as draft:
+        draft.write_text(head + "\n".join(show(Result(**rows[n])) for n in sorted(rows)))
 
 
 def main() -> None:
