@@ -2,8 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# A spinning OpenMP pool starves the other core on small machines; waiting threads should sleep.
-export OMP_WAIT_POLICY ?= passive
+# Waiting OpenMP threads spin for tens of microseconds, then sleep: long spins starve the other core of small machines,
+# none at all would cost small products more than they take.
+export GOMP_SPINCOUNT ?= 10000
+# On Linux, plain pip may choose a torch build with gigabytes of CUDA packages. Point it at a CPU build if you have one:
+#   make demo PIP_ARGS="--find-links /folder/with/cpu/wheels"
+PIP_ARGS ?=
 
 .PHONY: demo demo-llm test check bench claims docs clean
 
@@ -34,9 +38,9 @@ docs: $(VENV)/.docs
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# constraints.txt pins torch to the CPU build; without it pip would fetch gigabytes of CUDA packages.
+# constraints.txt pins what was tested; without it pip takes the newest torch, whatever it brings along.
 $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[$*]'
 	touch $@
 
 clean:

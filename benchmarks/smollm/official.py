@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from tests.oracles.sparsegpt_naive import naive_sparsegpt
@@ -19,20 +18,21 @@ class _Caught(Exception):
     pass
 
 
-def prune_blocks(model: nn.Module, windows: Tensor, prune_layer: Callable[[nn.Linear, Tensor], Tensor]) -> None:
-    """Prune a Llama-style model in place; `prune_layer(layer, gram) -> new weight`."""
+def prune_blocks(model: nn.Module, windows: Tensor, name: str) -> None:
+    """Prune a Llama-style model in place: "wanda" collects squared norms, "sparsegpt" Gram matrices."""
+    add, prune_layer = {"wanda": (_add_squares, wanda_layer), "sparsegpt": (_add_gram, sparsegpt_layer)}[name]
     blocks, (inputs, kwargs) = model.model.layers, _catch(model, windows)
     for block in blocks:
         layers = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-        sums = {n: [torch.zeros(m.in_features, m.in_features), 0] for n, m in layers.items()}
-        hooks = [m.register_forward_pre_hook(_adder(sums[n])) for n, m in layers.items()]
+        sums: dict[str, list] = {n: [0.0, 0] for n in layers}
+        hooks = [m.register_forward_pre_hook(_adder(sums[n], add)) for n, m in layers.items()]
         for x in inputs:
             block(x, **kwargs)
         for hook in hooks:
             hook.remove()
         for n, m in layers.items():
-            gram, tokens = sums[n]
-            m.weight.data = prune_layer(m, gram / tokens)
+            total, tokens = sums[n]
+            m.weight.data = prune_layer(m, total / tokens)
         inputs = [_first(block(x, **kwargs)) for x in inputs]
 
 
@@ -41,10 +41,10 @@ def sparsegpt_layer(layer: nn.Linear, gram: Tensor) -> Tensor:
     return naive_sparsegpt(layer.weight.data, 2 * gram, density=0.5, threshold=True)
 
 
-def wanda_layer(layer: nn.Linear, gram: Tensor) -> Tensor:
+def wanda_layer(layer: nn.Linear, squares: Tensor) -> Tensor:
     """|w|·‖x‖, the lowest half of every row."""
     w = layer.weight.data
-    order = (w.abs() * gram.diagonal().sqrt()).sort(dim=-1, stable=True).indices[:, : int(w.shape[1] * 0.5)]
+    order = (w.abs() * squares.sqrt()).sort(dim=-1, stable=True).indices[:, : int(w.shape[1] * 0.5)]
     return w.scatter(1, order, 0.0)
 
 
@@ -71,10 +71,20 @@ def _catch(model: nn.Module, windows: Tensor) -> tuple[list[Tensor], dict[str, o
     return caught, kwargs
 
 
-def _adder(sums: list) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _add_squares(total: Tensor | float, x: Tensor) -> Tensor:
+    return total + x.square().sum(0)
+
+
+def _add_gram(total: Tensor | float, x: Tensor) -> Tensor:
+    return total + x.T @ x
+
+
+def _adder(
+    sums: list, more: Callable[[Tensor | float, Tensor], Tensor]
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].reshape(-1, args[0].shape[-1])
-        sums[0] += x.T @ x
+        sums[0] = more(sums[0], x)
         sums[1] += len(x)
 
     return add

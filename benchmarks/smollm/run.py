@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.results import table, write_results
 
-CALIBRATION, TEST, LENGTH = 32, 32, 1024
+CALIBRATION, TEST, LENGTH = 16, 24, 1024
 METHODS = {
     "dense": None,
     "magnitude": dict(method="magnitude", density=0.5),
@@ -39,6 +39,7 @@ METHODS = {
 def work(name: str, calibration: int, test: int) -> dict[str, object]:
     """One method in this process."""
     import gossamer
+    from benchmarks.smollm import official
     from gossamer.data import load_model, load_tokenizer, perplexity, token_windows, wikitext2
 
     model, tokenizer = load_model("smollm2-135m"), load_tokenizer("smollm2-135m")
@@ -48,9 +49,7 @@ def work(name: str, calibration: int, test: int) -> dict[str, object]:
     base = _reset_peak()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         if isinstance(spec, str):
-            from benchmarks.smollm import official
-
-            official.prune_blocks(model, windows, getattr(official, f"{spec}_layer"))
+            official.prune_blocks(model, windows, spec)
         elif spec is not None:
             offload = {"workdir": folder, "offload": True} if spec.get("offload") else {}
             options = {k: v for k, v in spec.items() if k not in ("offload", "method")}
@@ -78,8 +77,9 @@ def _status(field: str) -> float:
 
 
 def _reset_peak() -> float:
-    """Anonymous memory now, in MB; the peak counter starts again from here (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
+    """Resident memory now, in MB; the peak counter starts again from here (on Linux; elsewhere NaN)."""
+    if Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
 

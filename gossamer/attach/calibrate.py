@@ -10,6 +10,7 @@ Shape suffixes: N tokens (or positions), K input columns.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,7 +22,23 @@ from ..core.errors import CalibrationError, NonFiniteError
 from ..core.sparsifier import Stats
 from .targets import Target
 
+# Keys and values of cross-attention in transformers' encoder-decoders: T5, BART and OPT-style, BERT.
+_CROSS = re.compile(r"(encoder_attn|EncDecAttention|crossattention).*\.(k|v|k_proj|v_proj|key|value)$")
 Batch = Mapping[str, object] | Sequence[object] | Tensor
+
+
+class _Modes:
+    """torch's thread-local modes. Passes share a thread, so each must find its own again when it goes on."""
+
+    def __init__(self) -> None:
+        self.grad = torch.is_grad_enabled()
+        self.autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
+
+    def set(self) -> None:
+        torch.set_grad_enabled(self.grad)
+        for device, enabled, dtype in self.autocast:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
 
 
 @dataclass(eq=False)
@@ -32,6 +49,7 @@ class _Pass:
     run: greenlet
     at: str | None = None
     x: Tensor | None = None
+    modes: _Modes | None = None
     done: set[str] = field(default_factory=set)
 
 
@@ -59,7 +77,8 @@ def stream(
         model: called as model(**batch) for mappings, model(*batch) for tuples and lists, model(batch) otherwise.
         batches: calibration batches; "attention_mask" tells padding from tokens.
         targets: layers to stop at.
-        visit: may change the layer's weight; the passes go on with the new one.
+        visit: may change the layer's weight; the passes go on with the new one. A layer that a forward calls more
+            than once (shared blocks) is visited at its first call only.
 
     Returns:
         Names of targets that no batch ever reached (such as experts never routed to).
@@ -75,7 +94,7 @@ def stream(
     by_run = {p.run: p for p in passes}
     hooks = [t.module(model).register_forward_pre_hook(_pause(t.name, by_run), with_kwargs=True) for t in targets]
     visited: set[str] = set()
-    was_training = model.training
+    training = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
@@ -92,10 +111,13 @@ def stream(
     finally:
         for hook in hooks:
             hook.remove()
+        outer = _Modes()
         for p in passes:
             if not p.run.dead:
                 p.run.throw(GreenletExit)
-        model.train(was_training)
+        outer.set()
+        for module, mode in training:
+            module.training = mode
     return [t.name for t in targets if t.name not in visited]
 
 
@@ -128,8 +150,11 @@ def _advance(p: _Pass, visited: set[str]) -> None:
     """Let one pass run on to the next layer nobody has pruned yet, or to its end."""
     while True:
         p.at, p.x = None, None
+        outer = _Modes()
+        (p.modes or outer).set()
         try:
             stop = p.run.switch()
+            _refuse_inference_mode(p)
         except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
             if isinstance(error, CalibrationError):
                 raise
@@ -137,11 +162,23 @@ def _advance(p: _Pass, visited: set[str]) -> None:
                 f"the model's forward failed on a calibration batch ({_describe(p.batch)}): "
                 f"{type(error).__name__}: {error}; check that model(**batch) runs by itself"
             ) from error
+        finally:
+            p.modes = _Modes()
+            outer.set()
         if p.run.dead:
             return
         p.at, p.x = stop
         if p.at not in visited:
             return
+
+
+def _refuse_inference_mode(p: _Pass) -> None:
+    if torch.is_inference_mode_enabled():
+        p.run.throw(GreenletExit)  # leaves the mode on its way out
+        raise CalibrationError(
+            "the model's forward (or its caller) runs under inference_mode, whose tensors cannot be written later; "
+            "use torch.no_grad there"
+        )
 
 
 def _describe(batch: Batch) -> str:
@@ -156,10 +193,11 @@ def _mask(p: _Pass, name: str) -> Tensor | None:
     """Real tokens of this pass's input, flat, if the batch says which they are and the counts agree."""
     if not isinstance(p.batch, Mapping) or p.x is None:
         return None
-    own = "decoder_attention_mask" if "decoder" in name and "decoder_input_ids" in p.batch else "attention_mask"
-    mask = p.batch.get(own)
-    tokens = p.x.numel() // max(p.x.shape[-1], 1)
-    if not isinstance(mask, Tensor) or mask.numel() != tokens:
+    # Cross-attention's keys and values read the encoder's states, whatever the decoder's own mask says.
+    decodes = "decoder" in name and "decoder_input_ids" in p.batch and not _CROSS.search(name)
+    mask = p.batch.get("decoder_attention_mask" if decodes else "attention_mask")
+    flat = isinstance(mask, Tensor) and p.x.ndim == 2 and p.x.shape[0] == mask.numel()
+    if not isinstance(mask, Tensor) or not (flat or mask.shape == p.x.shape[:-1]):
         return None
     return mask.reshape(-1).bool()
 
@@ -184,9 +222,9 @@ class Collector:
         Raises:
             NonFiniteError: an activation is NaN or infinite; the message names the layer.
         """
-        conv = () if not isinstance(module, (nn.Conv1d, nn.Conv2d)) else (module.kernel_size, module.stride)
-        key = (conv, *((id(x), x._version) for x in arrival.inputs))
+        key = (_geometry(module), *((id(x), x._version) for x in arrival.inputs))
         if key != self._key:
+            self._key, self._held, self._stats = (), [], {}  # one layer's statistics at a time
             self._stats = self._measure(arrival, module)
             self._key, self._held = key, arrival.inputs  # held, so that ids are not reused
         return self._stats
@@ -209,6 +247,13 @@ class Collector:
         return {**stats, "tokens": torch.tensor(total)}
 
 
+def _geometry(module: nn.Module) -> tuple[object, ...]:
+    """What decides which columns a layer makes of its input: layers that agree in it may share statistics."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return ()
+    return type(module), module.kernel_size, module.stride, module.padding, module.dilation
+
+
 def _add_square(total: Tensor | None, x_NK: Tensor) -> Tensor:
     square_K = torch.linalg.vector_norm(x_NK, dim=0, dtype=torch.float32).square()
     return square_K if total is None else total.add_(square_K)
@@ -224,17 +269,29 @@ _ADD = {"input_norm": _add_square, "gram": _add_gram}
 _FINISH = {"input_norm": lambda s, n: (s / n).sqrt(), "gram": lambda s, n: s / n}
 
 
+def without_statistics(module: nn.Module) -> str | None:
+    """Why a layer's input has no column statistics; None when it has."""
+    if isinstance(module, nn.Conv3d):
+        return "statistics of 3-D convolutions are not collected"
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return None
+    if module.groups != 1:
+        return "a grouped convolution has one input per group, so it has no single column statistic"
+    if isinstance(module.padding, str) or module.padding_mode != "zeros":
+        return f"padding {module.padding!r} in mode {module.padding_mode!r} has no column statistic"
+    return None
+
+
 def columns(x: Tensor, module: nn.Module) -> Tensor:
-    """A layer's input as rows of what its weight multiplies: x_NK, in the order of weight.flatten(1)."""
+    """A layer's input as rows of what its weight multiplies: x_NK, in the order of weight.flatten(1).
+
+    Raises:
+        CalibrationError: the layer has no column statistics (`without_statistics` says why).
+    """
     if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
         return x.reshape(-1, x.shape[-1])
-    if module.groups != 1:
-        raise CalibrationError(
-            "a grouped convolution has one input per group, so it has no single column statistic; "
-            "skip it, or prune it by magnitude"
-        )
-    if isinstance(module.padding, str):
-        raise CalibrationError(f"padding {module.padding!r} has no column statistic; give it in numbers")
+    if reason := without_statistics(module):
+        raise CalibrationError(f"{reason}; skip it, or prune it by magnitude")
     flat = isinstance(module, nn.Conv1d)
     lead = (lambda first, rest: (first, *rest)) if flat else (lambda first, rest: rest)
     cols_BKL = torch.nn.functional.unfold(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core.errors import FileDamaged, TargetError
+from ..core.errors import FileDamaged, GossamerError, TargetError
 from ..core.files import whole_file
 
 _RECORD = "journal.json"
@@ -28,6 +30,7 @@ class Journal:
 
     Raises:
         TargetError: the folder holds another run; delete it or choose another.
+        FileDamaged: its record cannot be read.
     """
 
     def __init__(self, folder: str | Path, run: Mapping[str, object]) -> None:
@@ -35,7 +38,9 @@ class Journal:
         run = json.loads(json.dumps(run))
         record = self.folder / _RECORD
         if record.exists():
-            self._refuse_other(run, json.loads(record.read_text()))
+            self._refuse_other(run, _json(record))
+            for draft in self.folder.glob(".*.safetensors.*"):  # what a killed writer left
+                draft.unlink(missing_ok=True)
         else:
             with whole_file(record) as draft:
                 draft.write_text(json.dumps(run, indent=1))
@@ -49,29 +54,51 @@ class Journal:
                 )
 
     def _file(self, name: str, kind: str) -> Path:
-        return self.folder / f"{name}.{kind}.safetensors"
+        return self.folder / f"{quote(name, safe='')}.{kind}.safetensors"
 
     def finished(self, name: str) -> bool:
         """True if this layer's pruned weight is on disk."""
         return self._file(name, "pruned").exists()
 
-    def write(self, name: str, w: Tensor, *, kind: str = "pruned") -> None:
-        """Put a weight on disk, all or nothing."""
-        with whole_file(self._file(name, kind)) as draft:
-            save_file({"weight": w.detach().contiguous().cpu()}, draft)
-
-    def read(self, name: str) -> Tensor:
-        """A finished layer's weight.
+    def write(self, name: str, w: Tensor, *, kind: str = "pruned", of: Tensor | None = None) -> None:
+        """Put a weight on disk, all or nothing, with checksums of itself and of the dense weight it came from.
 
         Raises:
-            FileDamaged: the file cannot be read; delete it and the layer is pruned again.
+            GossamerError: the disk is full or cannot be written; what was finished before stays.
+        """
+        w = w.detach().contiguous().cpu()
+        sums = {"sha256": digest(w), "of": "" if of is None else digest(of)}
+        try:
+            with whole_file(self._file(name, kind)) as draft:
+                save_file({"weight": w}, draft, metadata=sums)
+        except (OSError, SafetensorError) as error:
+            raise GossamerError(
+                f"layer {name!r} could not be written to {self.folder}: {error}; make room and run again, "
+                "finished layers are kept"
+            ) from error
+
+    def read(self, name: str, current: Tensor) -> Tensor:
+        """A finished layer's weight, if it was made from the weight that the model holds now (or is that weight).
+
+        Raises:
+            FileDamaged: the file cannot be read, or a bit of it has flipped; delete it and the layer is pruned again.
+            TargetError: it was made from other weights.
         """
         file = self._file(name, "pruned")
+        again = "delete it and this layer is pruned again"
         try:
             with safe_open(file, framework="pt") as held:
-                return held.get_tensor("weight")
+                w, sums = held.get_tensor("weight"), held.metadata() or {}
         except (SafetensorError, OSError, KeyError) as error:
-            raise FileDamaged(f"{file} cannot be read ({error}); delete it and this layer is pruned again") from error
+            raise FileDamaged(f"{file} cannot be read ({error}); {again}") from error
+        if digest(w) != sums.get("sha256"):
+            raise FileDamaged(f"{file} is not what was written (its checksum differs); {again}")
+        if digest(current) not in (sums.get("of"), sums.get("sha256")):
+            raise TargetError(
+                f"{file} was made from other weights than layer {name!r} holds now; load the model it belongs to, "
+                "or choose another workdir"
+            )
+        return w
 
     def mapped(self, name: str, *, kind: str = "pruned") -> Tensor:
         """The weight as a view of its file: pages come in when read and need no memory of their own."""
@@ -80,6 +107,19 @@ class Journal:
     def forget(self, name: str, *, kind: str) -> None:
         """Delete a file that is no longer needed."""
         self._file(name, kind).unlink(missing_ok=True)
+
+
+def digest(w: Tensor) -> str:
+    """sha256 of a tensor's values in row-major order."""
+    flat = w.detach().contiguous().cpu().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy() if flat.numel() else b"").hexdigest()
+
+
+def _json(file: Path) -> dict[str, object]:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise FileDamaged(f"{file} is not JSON ({error}); delete the folder to start anew") from error
 
 
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}

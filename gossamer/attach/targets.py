@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..core.errors import TargetError, near
 
@@ -63,8 +64,12 @@ def find(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] =
         exclude: the same, taken away again.
 
     Raises:
-        TargetError: a pattern matches no prunable layer (near names listed), or nothing is left.
+        TargetError: a pattern matches no prunable layer (near names listed), nothing is left, or masks are attached.
     """
+    if any(parametrize.is_parametrized(m) for m in model.modules()):
+        raise TargetError(
+            f"this {type(model).__name__} still carries masks or other parametrizations; call handle.remove() first"
+        )
     layers = dict(_prunable(model))
     if not layers:
         raise TargetError(f"{type(model).__name__} has no linear or convolution layer; nothing here can be pruned")

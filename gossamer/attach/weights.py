@@ -14,6 +14,7 @@ from ..core.errors import FileDamaged, TargetError
 from ..core.pattern import Pattern
 from ..core.registry import get_method
 from ..core.select import select, select_across
+from ..core.shrink import hard
 from ..core.sparsifier import Sparsifier, require_finite
 from ..core.support import Support
 from ..score import salt
@@ -63,6 +64,9 @@ class Handle:
     ) -> None:
         self.model, self.sparsifier, self.targets, self.optimizer = model, sparsifier, tuple(targets), optimizer
         self.steps = 0
+        for t in self.targets:  # all that can be refused is refused before any mask is attached
+            require_finite(t.weight(model), f"the weight of layer {t.name!r}")
+            sparsifier.pattern.place(t.weight(model).shape)
         for t in self.targets:
             module = t.module(model)
             mask = Masked(torch.ones_like(module.weight, dtype=torch.bool))
@@ -172,7 +176,16 @@ def attach(
         UnknownName: no such method or option.
         TargetError: a pattern matches nothing, or the method needs calibration statistics (use `prune`).
     """
+    if not isinstance(method, str) and options:
+        raise TargetError(
+            f"a Sparsifier has its options already; {', '.join(options)} would be ignored, leave them out"
+        )
     sparsifier = get_method(method)(**options) if isinstance(method, str) else method
+    if sparsifier.shrink is not hard:
+        raise TargetError(
+            f"attach keeps values hard (kept or zero), but {sparsifier.name!r} asks for {sparsifier.shrink}; "
+            "parametrize with that rule yourself, or use shrink=hard"
+        )
     if sparsifier.needs or sparsifier.solve:
         raise TargetError(
             f"method {sparsifier.name!r} needs calibration data; use gossamer.prune(model, ..., data=...)"

@@ -57,6 +57,7 @@ def by_sensitivity(curves: Curves, sizes: Mapping[str, int], density: float) -> 
     pieces = [
         ((e0 - e1) / ((d1 - d0) * sizes[n]), n, d1 - d0)
         for n, hull in hulls.items()
+        if sizes[n]
         for (d0, e0), (d1, e1) in zip(hull, hull[1:])
     ]
     for _, name, width in sorted(pieces, key=lambda p: -p[0]):
@@ -123,5 +124,5 @@ def allocation(name: str) -> Rule:
         UnknownName: no such rule; the message lists near names.
     """
     if name not in ALLOCATIONS:
-        raise unknown("allocation", name, ALLOCATIONS)
+        raise unknown("allocation", name, [*ALLOCATIONS, "sensitivity"])
     return ALLOCATIONS[name]

@@ -37,6 +37,8 @@ class Budget(Protocol):
 def resolve(budget: B, step: int = 0) -> B:
     """Replace schedules in a budget's fields by their value at `step`."""
     values = {f.name: at(getattr(budget, f.name), step) for f in fields(budget)}  # type: ignore[arg-type]
+    if "k" in values:  # a count on its way from one whole number to another
+        values["k"] = math.floor(values["k"] + 0.5)
     return replace(budget, **values)  # type: ignore[type-var]
 
 
@@ -115,11 +117,11 @@ class Gaussian:
             raise BudgetError(f"gaussian(d) needs 0 < d < 1, got {self.d}; use density(d) at the ends")
 
     def choose(self, s_RC: Tensor) -> Tensor:
-        live_RC = s_RC != -math.inf
+        live_RC = s_RC.isfinite()  # +inf is always first: it wins, but has no part in mean or deviation
         n_R1 = live_RC.sum(1, keepdim=True).clamp(min=1)
         mean_R1 = torch.where(live_RC, s_RC, 0).sum(1, keepdim=True) / n_R1
         var_R1 = torch.where(live_RC, (s_RC - mean_R1) ** 2, 0).sum(1, keepdim=True) / n_R1
-        return (s_RC > mean_R1 + NormalDist().inv_cdf(1.0 - at(self.d, 0)) * var_R1.sqrt()) & live_RC
+        return (s_RC > mean_R1 + NormalDist().inv_cdf(1.0 - at(self.d, 0)) * var_R1.sqrt()) & (s_RC != -math.inf)
 
 
 def top(s_RC: Tensor, k: int) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..attach.targets import _is_conv1d
 from ..core.errors import TargetError
 from ..core.sparsifier import require_finite
 from ..nn.linear import PackedLinear
@@ -126,10 +127,6 @@ def _observe(model: nn.Module, layers: dict[str, nn.Module], examples: Sequence[
         for hook in hooks:
             hook.remove()
     return tokens
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:

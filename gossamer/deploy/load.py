@@ -13,12 +13,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..core.errors import DispatchError, FileDamaged, FormatError, TargetError, UnknownName, near
+from ..core.files import digest
 from ..formats import format_from
 from ..nn.linear import PackedLinear
 from .fuse import FusedActivation, put
 from .measure import reasons_in
 from .record import PackReport
-from .save import FORMAT_VERSION, RECORD, TENSORS, file_digest, seal_of, tensor_digest
+from .save import FORMAT_VERSION, RECORD, TENSORS, seal_of, tensor_digest
 from .skeleton import build
 from .tensors import dtype_name, held, kept_entries
 
@@ -86,7 +87,7 @@ def _verify(file: Path, record: Mapping[str, Any]) -> None:
     if not file.exists():
         raise FileDamaged(f"{file} is missing; restore it or save the model again")
     size, want = file.stat().st_size, record["file"]
-    if size == want["bytes"] and file_digest(file) == want["sha256"]:
+    if size == want["bytes"] and digest(file) == want["sha256"]:
         return
     what = f"{size} bytes instead of {want['bytes']}" if size != want["bytes"] else "a checksum that differs"
     raise FileDamaged(f"{file} has {what}: {_first_bad(file, record)}; restore it or save the model again")

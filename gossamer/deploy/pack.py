@@ -19,7 +19,7 @@ from .measure import Choice, Measured, Product, choose, measure, memory_of
 from .record import PackedLayer, PackReport
 from .structure import Structure, density_of, detect
 from .tensors import disk_bytes, memory_bytes
-from .timing import last_level_cache, quiet, torch_threads
+from .timing import last_level_cache, median, torch_threads
 
 Progress = Callable[[str, int, int], None]
 
@@ -171,7 +171,7 @@ class _Packing:
             for example in self.examples:
                 call(self.model, example)
             times.append((time.perf_counter() - began) * 1e3)
-        return quiet(times).ms
+        return median(times).ms
 
     def _one(self, layer: Layer, fusion: Fusion | None) -> None:
         module, w_MK = layer.module(self.model), layer.weight(self.model)

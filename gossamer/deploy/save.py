@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..core.errors import GossamerError, TargetError
-from ..core.files import whole_folder
+from ..core.files import digest, whole_folder
 from .fuse import FusedActivation
 from .layers import packed_layers, refuse_masks
 from .skeleton import describe
@@ -35,7 +35,10 @@ def save(model: nn.Module, path: str | Path, *, tokenizer: Tokenizer | None = No
     The folder holds `model.safetensors` (every tensor: parameters, all buffers, the parts of sparse formats; tied
     tensors once) and `gossamer.json` (how to build the modules, a record per packed layer, and for every tensor
     its dtype, shape, number of kept entries and sha256). Dense weights with more than 10 % zeros are stored as
-    bitmasks and come back dense. Readers see all of it or nothing.
+    bitmasks and come back dense.
+
+    Nothing half-written ever has the name. Replacing an earlier save is one step on Linux; elsewhere, or on a file
+    system without that step, the name is missing for a moment between two renames.
 
     Args:
         path: the folder; an earlier save there is replaced.
@@ -58,7 +61,7 @@ def save(model: nn.Module, path: str | Path, *, tokenizer: Tokenizer | None = No
     try:
         with whole_folder(path) as draft:
             save_file(stored, draft / TENSORS, metadata={"gossamer": str(FORMAT_VERSION)})
-            record["file"] = {"bytes": (draft / TENSORS).stat().st_size, "sha256": file_digest(draft / TENSORS)}
+            record["file"] = {"bytes": (draft / TENSORS).stat().st_size, "sha256": digest(draft / TENSORS)}
             (draft / RECORD).write_text(sealed(record))
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(draft))
@@ -166,12 +169,6 @@ def tensor_digest(t: Tensor) -> str:
 
     raw = t.contiguous().reshape(-1).view(uint8) if t.numel() else t.new_empty(0, dtype=uint8)
     return hashlib.sha256(memoryview(raw.numpy())).hexdigest()
-
-
-def file_digest(file: Path) -> str:
-    """sha256 of a file."""
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def sealed(record: dict[str, Any]) -> str:

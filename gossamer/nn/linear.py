@@ -75,6 +75,7 @@ class PackedLinear(nn.Module):
         self.register_parameter("bias", bias if bias is None else _parameter(bias))
         self._plan: Plan | None = None
         self._seen: int | None = None
+        self._of: Tensor | None = None
         # Parts that came from a file are checked before a kernel trusts their indices.
         self._trusted = True
 
@@ -136,6 +137,7 @@ class PackedLinear(nn.Module):
             self._parts(), self._record, backend=self.backend or "", tokens=self.tokens, trusted=self._trusted
         )
         self._seen = None if values.is_inference() else values._version
+        self._of = values
         return self._plan
 
     def explain(self) -> str:
@@ -166,7 +168,8 @@ class PackedLinear(nn.Module):
             )
         plan = self._plan
         # An optimizer step writes to the values in place; a kernel may hold a re-ordered copy of the old ones.
-        if plan is None or (self._seen is not None and self._seen != self._buffers["values"]._version):
+        values = self._buffers["values"]
+        if plan is None or self._of is not values or (self._seen is not None and self._seen != values._version):
             plan = self.plan
         x = _autocast(x, plan.call.dtype)
         check_input(x, self.in_features, plan.call)
@@ -195,7 +198,7 @@ class PackedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A plan may hold memory that only its library can copy; it is made again on first use.
-        return self.__dict__ | {"_plan": None}
+        return self.__dict__ | {"_plan": None, "_of": None}
 
     def extra_repr(self) -> str:
         fused = f", activation={self.activation}" if self.activation != "none" else ""

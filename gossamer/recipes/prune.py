@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..attach.calibrate import Arrival, Batch, Collector, stream
-from ..attach.journal import Journal
+from ..attach.calibrate import Arrival, Batch, Collector, stream, without_statistics
+from ..attach.journal import Journal, digest
 from ..attach.targets import Found, Target, find
 from ..core.allocation import allocation as allocation_rule
 from ..core.budget import Density
 from ..core.errors import BudgetError, CalibrationError, PatternError, TargetError
+from ..core.files import whole_file
+from ..core.policy import OneShot
 from ..core.registry import get_method
 from ..core.schedule import at
 from ..core.select import select_across
@@ -115,14 +120,21 @@ def prune(
     """
     began = time.perf_counter()
     sparsifier = _sparsifier(method, density, sparsity, pattern, options)
-    found = find(model, tuple(targets), tuple(skip))
+    found = _leave_out(model, find(model, tuple(targets), tuple(skip)), sparsifier)
     _check_fit(model, found, sparsifier)
     if data is not None:
         data = list(data)
-    per_layer = _allocate(model, found, sparsifier, allocation, data, progress)
+    if sparsifier.needs and not data:
+        raise CalibrationError(
+            f"method {sparsifier.name!r} scores weights by their inputs; pass data= (calibration batches)"
+        )
     if offload and workdir is None:
         raise TargetError("offload keeps weights on disk and needs to know where; pass workdir=")
-    journal = Journal(workdir, _identity(model, found, sparsifier, per_layer)) if workdir is not None else None
+    if offload and any(t.weight(model).device.type != "cpu" for t in found.targets):
+        raise TargetError("offload maps weights from files, which only a model on the CPU can use; call model.cpu()")
+    per_layer = _allocate(model, found, sparsifier, allocation, data, progress, workdir)
+    run_of = {"options": {k: repr(v) for k, v in sorted(options.items())}, "data": _data_digest(data)}
+    journal = Journal(workdir, _identity(model, found, sparsifier, per_layer) | run_of) if workdir is not None else None
     run = _Run(model, found.targets, per_layer, journal, offload, progress)
     unreached = run.with_data(data) if sparsifier.needs else run.without_data(sparsifier)
     skipped = (*found.skipped, *((n, "no calibration batch reached it; left dense") for n in unreached))
@@ -143,9 +155,37 @@ def _sparsifier(
     if sparsity is not None:
         density = 1.0 - sparsity
     if isinstance(method, Sparsifier):
-        return method if density is None else method.at_density(density)
+        extra = [*options, *(["pattern"] if pattern is not None else [])]
+        if extra:
+            raise TargetError(
+                f"a Sparsifier has its options already; {', '.join(extra)} would be ignored, leave them out"
+            )
+        return _one_shot(method if density is None else method.at_density(density))
     given = {"density": density, "pattern": pattern}
-    return get_method(method)(**{k: v for k, v in given.items() if v is not None}, **options)
+    return _one_shot(get_method(method)(**{k: v for k, v in given.items() if v is not None}, **options))
+
+
+def _one_shot(sparsifier: Sparsifier) -> Sparsifier:
+    if not isinstance(sparsifier.policy, OneShot):
+        raise TargetError(
+            f"method {sparsifier.name!r} chooses its support while the model trains; use gossamer.attach(model, ...) "
+            "and handle.step()"
+        )
+    if sparsifier.scope == "model" and sparsifier.needs:
+        raise TargetError("one pool over the whole model needs all statistics at once; use scope='layer'")
+    return sparsifier
+
+
+def _leave_out(model: nn.Module, found: Found, sparsifier: Sparsifier) -> Found:
+    """Layers whose inputs have no column statistics stay dense where the method needs them, and are listed."""
+    if not sparsifier.needs:
+        return found
+    reasons = {t: without_statistics(t.module(model)) for t in found.targets}
+    kept = tuple(t for t, reason in reasons.items() if reason is None)
+    left = tuple((t.name, reason) for t, reason in reasons.items() if reason is not None)
+    if not kept:
+        raise TargetError(f"no layer can be scored by its inputs: {left[0][0]}: {left[0][1]}; use method 'magnitude'")
+    return Found(kept, (*found.skipped, *left))
 
 
 def _check_fit(model: nn.Module, found: Found, sparsifier: Sparsifier) -> None:
@@ -174,9 +214,17 @@ def _allocate(
     allocation: str | dict[str, float],
     data: list[Batch] | None,
     progress: Progress | None,
+    workdir: str | Path | None,
 ) -> dict[str, Sparsifier]:
     if allocation == "uniform":
         return {t.name: sparsifier for t in found.targets}
+    if sparsifier.scope == "model":
+        raise TargetError(
+            f"{sparsifier.name!r} lets all layers compete in one pool, which sets their densities; "
+            "use allocation='uniform'"
+        )
+    if allocation == "global":
+        raise TargetError("allocation 'global' is one pool over all layers: use method 'global_magnitude'")
     if not isinstance(sparsifier.budget, Density):
         raise BudgetError(
             f"allocation {allocation!r} spreads a density over layers, but pattern {str(sparsifier.pattern)!r} "
@@ -188,13 +236,38 @@ def _allocate(
                 "allocation 'sensitivity' measures layers on inputs; pass data= (calibration batches)"
             )
         density = at(sparsifier.budget.d, 0)
-        chosen = allocate_by_sensitivity(model, sparsifier, found.targets, data, density=density, progress=progress)
+        measure = partial(
+            allocate_by_sensitivity, model, sparsifier, found.targets, data, density=density, progress=progress
+        )
+        chosen = measure() if workdir is None else _kept_aside(Path(workdir) / "allocation.json", measure)
     elif isinstance(allocation, dict):
         chosen = _named(found, allocation)
     else:
         shapes = {t.name: tuple(t.weight(model).shape) for t in found.targets}
         chosen = allocation_rule(allocation)(shapes, at(sparsifier.budget.d, 0))
     return {name: sparsifier.at_density(d) for name, d in chosen.items()}
+
+
+def _kept_aside(file: Path, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What was measured before a kill counts when the run goes on: measured again, the last bits would differ."""
+    if file.exists():
+        return json.loads(file.read_text())
+    chosen = measure()
+    with whole_file(file) as draft:
+        draft.write_text(json.dumps(chosen))
+    return chosen
+
+
+def _data_digest(data: Sequence[Batch] | None) -> str:
+    """One checksum over all tensors of all batches, in order."""
+    total = hashlib.sha256()
+    for batch in data or ():
+        parts = (
+            batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else (batch,)
+        )
+        for part in parts:
+            total.update(digest(part).encode() if isinstance(part, Tensor) else repr(part).encode())
+    return total.hexdigest()
 
 
 def _named(found: Found, allocation: dict[str, float]) -> dict[str, float]:
@@ -236,10 +309,7 @@ class _Run:
             for t in targets:
                 self._to_disk(t)
 
-    def with_data(self, data: Iterable[Batch] | None) -> list[str]:
-        if data is None:
-            name = next(iter(self.per_layer.values())).name
-            raise CalibrationError(f"method {name!r} scores weights by their inputs; pass data= (calibration batches)")
+    def with_data(self, data: Iterable[Batch]) -> list[str]:
         needs = next(iter(self.per_layer.values())).needs
         collect = Collector(needs)
 
@@ -280,7 +350,7 @@ class _Run:
     def _finish(self, target: Target, new: Tensor, began: float, resumed: bool = False) -> None:
         """The weight goes into the model; the journal is written first, so what is recorded is what was computed."""
         if self.journal is not None and not resumed:
-            self.journal.write(target.name, new)
+            self.journal.write(target.name, new, of=target.weight(self.model))
         if self.offload:
             self._map(target, "pruned")
         else:
@@ -293,7 +363,7 @@ class _Run:
     def _resume(self, target: Target) -> bool:
         if self.journal is None or not self.journal.finished(target.name):
             return False
-        w = self.journal.read(target.name)
+        w = self.journal.read(target.name, target.weight(self.model).detach())
         self._finish(target, w, time.perf_counter(), resumed=True)
         return True
 

@@ -85,12 +85,12 @@ def recover(
     if not batches:
         raise CalibrationError("recover got no batches; pass inputs such as encode_batches(tokenizer, texts)")
     began, losses = time.perf_counter(), []
+    handle = hold(model)
     before = [(p, p.requires_grad) for p in model.parameters()]
     optimizer = torch.optim.Adam(_trainable(model), lr=lr, betas=(0.9, 0.95), fused=True)
-    handle = hold(model, optimizer=optimizer)
+    handle.optimizer = optimizer
     rise, fall = Linear(0.0, 1.0, steps=100), Linear(1.0, 0.0, steps=100)
-    model.train(False)  # no dropout: the teacher has none either
-    with _plain_attention(model, teacher), _released(handle, before):
+    with _evaluating(model, teacher), _plain_attention(model, teacher), _released(handle, before):
         for step in range(steps):
             done = max(step / steps, (time.perf_counter() - began) / seconds if seconds else 0.0)
             if done >= 1.0:
@@ -115,6 +115,20 @@ def _released(handle: Handle, before: Sequence[tuple[nn.Parameter, bool]]) -> It
         handle.remove()
         for p, trainable in before:
             p.requires_grad_(trainable)
+            p.grad = None
+
+
+@contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    """No dropout in either model; afterwards every module is in the mode it came in."""
+    modes = [(m, m.training) for model in models for m in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
 
 
 @contextmanager
@@ -134,7 +148,7 @@ def _plain_attention(*models: nn.Module) -> Iterator[None]:
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
     frozen = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     for p in model.parameters():
-        p.requires_grad_(id(p) not in frozen)
+        p.requires_grad_(p.requires_grad and id(p) not in frozen)
     return [p for p in model.parameters() if p.requires_grad]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 
 import gossamer
 from gossamer.attach import hold
-from gossamer.core.errors import TargetError
+from gossamer.core import straight_through
+from gossamer.core.errors import NonFiniteError, PatternError, TargetError
 
 
 def net() -> nn.Sequential:
@@ -100,3 +102,21 @@ def test_a_compiled_masked_model_trains() -> None:
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
     assert handle.density == 0.5
+
+
+def test_a_refused_attach_leaves_no_mask_behind() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 6))
+    with pytest.raises(PatternError):
+        gossamer.attach(model, "magnitude", density=0.5, pattern="4-row")
+    model[1].weight.data[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError):
+        gossamer.attach(model, "magnitude", density=0.5)
+    assert set(model.state_dict()) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+def test_what_attach_would_ignore_is_refused() -> None:
+    sparsifier = gossamer.get_method("magnitude")(density=0.5)
+    with pytest.raises(TargetError, match="density would be ignored"):
+        gossamer.attach(net(), sparsifier, density=0.1)
+    with pytest.raises(TargetError, match="hard"):
+        gossamer.attach(net(), replace(sparsifier, shrink=straight_through))

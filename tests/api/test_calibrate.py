@@ -227,3 +227,94 @@ def test_experts_no_batch_visits_are_named() -> None:
     unreached = stream(model, batches, find(model).targets, lambda a: seen.append((a.target.name, len(a.inputs))))
     assert unreached == ["experts.1"]
     assert seen == [("experts.0", 2), ("experts.2", 1), ("out", 3)]
+
+
+def test_parallel_convolutions_with_other_geometry_do_not_share_statistics() -> None:
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.near, self.far = nn.Conv2d(3, 2, 3, padding=1), nn.Conv2d(3, 2, 3, padding=3, dilation=3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.near(x) + self.far(x)
+
+    model, collect, grams = Parallel(), Collector(("gram",)), {}
+    x = torch.randn(2, 3, 9, 9)
+    stream(model, [x], find(model).targets, lambda a: grams.update({a.target.name: collect(a, a.target.module(model))}))
+    for name in ("near", "far"):
+        cols = columns(x, model.get_submodule(name))
+        torch.testing.assert_close(grams[name]["gram"], cols.T @ cols / len(cols), rtol=1e-4, atol=1e-5)
+
+
+def test_every_module_comes_back_in_the_mode_it_was_in() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).train()
+    model[1].eval()
+    stream(model, [torch.randn(5, 4)], find(model).targets, lambda a: None)
+    assert [m.training for m in model] == [True, False, True] and model.training
+
+
+def test_autocast_inside_a_forward_stays_inside_it() -> None:
+    class Halved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                x = self.first(x)
+                x = self.second(x)
+            return x
+
+    model, seen = Halved(), []
+    batches = [torch.randn(3, 4) for _ in range(3)]
+
+    def visit(arrival) -> None:
+        seen.append((arrival.inputs[0].dtype, torch.is_autocast_enabled("cpu")))
+
+    stream(model, batches, find(model).targets, visit)
+    assert seen == [(torch.float32, False), (torch.bfloat16, False)]
+    assert not torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+
+
+def test_inference_mode_in_a_forward_is_refused_and_does_not_leak() -> None:
+    class Sealed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Sealed(4, 4)
+
+        @torch.inference_mode()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    model = Model()
+    with pytest.raises(CalibrationError, match="no_grad"):
+        stream(model, [torch.randn(3, 4)] * 2, find(model).targets, lambda a: None)
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_cross_attention_counts_the_encoders_tokens_and_the_decoder_its_own() -> None:
+    torch.manual_seed(0)
+    model, _ = t5()
+    source, target = torch.ones(2, 12, dtype=torch.long), torch.ones(2, 7, dtype=torch.long)
+    source[0, 9:], target[1, 4:] = 0, 0
+    batch = {
+        "input_ids": TOKENS,
+        "attention_mask": source,
+        "decoder_input_ids": TOKENS[:, :7],
+        "decoder_attention_mask": target,
+    }
+    counted: dict[str, int] = {}
+    collect = Collector(("input_norm",))
+
+    def visit(arrival) -> None:
+        counted[arrival.target.name] = int(collect(arrival, arrival.target.module(model))["tokens"])
+
+    stream(model, [batch], find(model).targets, visit)
+    assert counted["encoder.block.0.layer.0.SelfAttention.q"] == 21
+    assert counted["decoder.block.0.layer.0.SelfAttention.k"] == 11
+    assert counted["decoder.block.0.layer.1.EncDecAttention.k"] == 21
+    assert counted["decoder.block.0.layer.1.EncDecAttention.q"] == 11

@@ -16,6 +16,7 @@ from gossamer.core.errors import (
     BudgetError,
     CalibrationError,
     FileDamaged,
+    GossamerError,
     NonFiniteError,
     PatternError,
     TargetError,
@@ -186,13 +187,81 @@ def test_a_workdir_of_another_run_is_refused_and_a_damaged_layer_is_named(tmp_pa
         prune(net(), "magnitude", density=0.4, workdir=tmp_path)
 
 
+def test_a_flipped_bit_in_a_finished_layer_is_seen(tmp_path) -> None:
+    prune(net(), "magnitude", density=0.4, workdir=tmp_path)
+    file = tmp_path / "2.pruned.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-9] ^= 4
+    file.write_bytes(raw)
+    with pytest.raises(FileDamaged, match="checksum differs"):
+        prune(net(), "magnitude", density=0.4, workdir=tmp_path)
+    (tmp_path / "journal.json").write_text("{")
+    with pytest.raises(FileDamaged, match="not JSON"):
+        prune(net(), "magnitude", density=0.4, workdir=tmp_path)
+
+
+def test_a_workdir_is_not_mistaken_for_that_of_other_weights_options_or_data(tmp_path) -> None:
+    prune(net(), "sparsegpt", density=0.4, data=batches(), workdir=tmp_path)
+    other = net()
+    other[0].weight.data.add_(1.0)
+    with pytest.raises(TargetError, match="other weights"):
+        prune(other, "sparsegpt", density=0.4, data=batches(), workdir=tmp_path)
+    with pytest.raises(TargetError, match="holds a run with options"):
+        prune(net(), "sparsegpt", density=0.4, data=batches(), workdir=tmp_path, damping=0.1)
+    with pytest.raises(TargetError, match="holds a run with data"):
+        prune(net(), "sparsegpt", density=0.4, data=batches(2), workdir=tmp_path)
+
+
+def test_a_measured_allocation_is_kept_for_the_run_that_goes_on(tmp_path) -> None:
+    arguments = dict(density=0.4, data=batches(), allocation="sensitivity", workdir=tmp_path)
+    first = prune(net(), "wanda", **arguments)
+    again = prune(net(), "wanda", **arguments)
+    assert all(r.resumed for r in again.layers)
+    assert [r.kept for r in again.layers] == [r.kept for r in first.layers]
+
+
+def test_what_would_be_ignored_is_refused() -> None:
+    sparsifier = gossamer.get_method("magnitude")(density=0.5)
+    with pytest.raises(TargetError, match="damping would be ignored"):
+        prune(net(), sparsifier, damping=3)
+    with pytest.raises(TargetError, match="pattern would be ignored"):
+        prune(net(), sparsifier, pattern="2:4")
+    with pytest.raises(TargetError, match=r"gossamer\.attach"):
+        prune(net(), "gradual_magnitude", density=0.1, total_steps=10)
+    with pytest.raises(TargetError, match="compete in one pool"):
+        prune(net(), "global_magnitude", density=0.1, allocation="erk")
+
+
+def test_a_model_that_carries_masks_is_refused() -> None:
+    model = net()
+    handle = gossamer.attach(model, "magnitude", density=0.9)
+    with pytest.raises(TargetError, match=r"handle\.remove"):
+        prune(model, "magnitude", density=0.1)
+    handle.remove()
+    assert prune(model, "magnitude", density=0.1).density == pytest.approx(0.1, abs=0.01)
+
+
+def test_layers_without_column_statistics_stay_dense_and_are_listed() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 3, padding="same"))
+    report = prune(model, "wanda", density=0.5, data=[torch.randn(2, 4, 9, 9)])
+    assert [r.name for r in report.layers] == ["1"]
+    assert "grouped convolution" in dict(report.skipped)["0"] and "'same'" in dict(report.skipped)["2"]
+    assert bool((model[0].weight != 0).all())
+    assert len(prune(model, "magnitude", density=0.5).layers) == 3
+
+
+def test_an_empty_layer_does_not_upset_a_measured_allocation() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 0))
+    assert prune(model, "wanda", density=0.5, data=[torch.randn(9, 8)], allocation="sensitivity").density == 0.5
+
+
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
     journal = Journal(tmp_path, {})
     monkeypatch.setattr(sys.modules["gossamer.attach.journal"], "save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(GossamerError, match=r"No space.*make room"):
         journal.write("a", torch.ones(3))
     assert [f.name for f in tmp_path.iterdir()] == ["journal.json"]
 

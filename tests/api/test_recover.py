@@ -46,15 +46,24 @@ def test_recovery_lowers_the_loss_on_held_out_text_and_keeps_the_zeros() -> None
     frozen = model.encoder.layer[0].output.dense.bias.requires_grad_(False)
     zeros = {n: p == 0 for n, p in model.named_parameters() if p.ndim == 2}
     embedding = model.embeddings.word_embeddings.weight.clone()
-    before = loss(model, dense)
+    frozen_value = frozen.clone()
+    dense.train()
+    model.encoder.train()
+    before = loss(model.eval(), dense.eval())
+    model.encoder.train()
     report = recover(model, dense, batches(), steps=60, lr=3e-3)
+    assert model.encoder.training
+    model.eval()
     assert loss(model, dense) < 0.7 * before
+    model.encoder.train()
     assert report.steps == 60 and report.losses[-1] < report.losses[0]
     for n, p in model.named_parameters():
         if n in zeros:
             assert bool((p[zeros[n]] == 0).all())
     assert torch.equal(model.embeddings.word_embeddings.weight, embedding)
     assert set(model.state_dict()) == set(dense.state_dict())  # no masks left behind
+    assert torch.equal(frozen, frozen_value) and model.encoder.training and not model.training
+    assert all(p.grad is None for p in model.parameters())
     assert not frozen.requires_grad and model.embeddings.word_embeddings.weight.requires_grad
     assert model.config._attn_implementation == dense.config._attn_implementation
 

@@ -205,3 +205,16 @@ def test_compiled_select_makes_the_same_mask(spec):
     compiled = torch.compile(lambda s: select(s, who, budget).kept, fullgraph=True, backend="eager")
     s = scores((8, 16), 7, torch.float32, 9)
     assert (compiled(s) == select(s, who, budget).kept).all()
+
+
+def test_a_scheduled_count_is_rounded_between_its_ends() -> None:
+    s = torch.arange(10.0)[None]
+    counts = [select(s, "o [i]", Keep(Linear(8, 4, steps=10)), step=t).count for t in (0, 3, 5, 10)]
+    assert counts == [8, 7, 6, 4]
+
+
+def test_gaussian_takes_infinite_scores_first_and_leaves_them_out_of_the_mean() -> None:
+    s = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
+    with_inf = torch.cat([torch.full((1, 1), float("inf")), s], 1)
+    won, alone = select(with_inf, "o [i]", Gaussian(0.1)).kept, select(s, "o [i]", Gaussian(0.1)).kept
+    assert bool(won[0, 0]) and torch.equal(won[:, 1:], alone)
