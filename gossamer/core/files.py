@@ -1,13 +1,37 @@
-"""Write files so that a reader sees all of the new content or none of it, whatever kills the writer."""
+"""Files: written so that a reader sees all of the new content or none of it, hashed, and kept in one cache."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import hashlib
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# Of linux/fcntl.h and linux/fs.h.
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+
+
+def cache_root() -> Path:
+    """Where assets and compiled kernels are kept: `GOSSAMER_CACHE_DIR`, else `gossamer` in the user's cache."""
+    if named := os.environ.get("GOSSAMER_CACHE_DIR"):
+        return Path(named).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "gossamer"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "gossamer"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gossamer"
+
+
+def digest(path: str | Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -43,11 +67,40 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 
 
 def _swap(draft: Path, path: Path) -> None:
-    old = draft.with_name(draft.name + ".old")
-    if path.exists():
-        os.replace(path, old)
     os.chmod(draft, 0o755)  # mkdtemp makes it private; a saved model is for whoever may read its parent
-    os.replace(draft, path)
+    if not path.exists():
+        os.replace(draft, path)
+    elif not _exchange(draft, path):
+        _replace(draft, path)
+
+
+def _exchange(draft: Path, path: Path) -> bool:
+    """Let two paths change places in one step; False where the system or the file system cannot."""
+    rename = _renameat2()
+    return (
+        rename is not None and rename(AT_FDCWD, os.fsencode(draft), AT_FDCWD, os.fsencode(path), RENAME_EXCHANGE) == 0
+    )
+
+
+@functools.cache
+def _renameat2() -> Callable[[int, bytes, int, bytes, int], int] | None:
+    if sys.platform != "linux":
+        return None
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # glibc 2.28 and later
+    if rename is not None:
+        rename.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    return rename
+
+
+def _replace(draft: Path, path: Path) -> None:
+    """Two renames. Between them nothing has the name; if the second fails, the old folder gets it back."""
+    old = draft.with_name(draft.name + ".old")
+    os.replace(path, old)
+    try:
+        os.replace(draft, path)
+    except BaseException:
+        os.replace(old, path)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

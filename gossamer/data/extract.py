@@ -25,12 +25,6 @@ AR_HEADER = 60
 Opener = Callable[[str], IO[bytes]]
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _missing(archive: Path, path: str) -> AssetError:
     return AssetError(f"{archive.name} holds no regular file {path!r}; the registry and the archive disagree")
 

@@ -10,7 +10,6 @@ import errno
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -19,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gossamer.core.errors import AssetError, unknown
+from gossamer.core.files import cache_root, digest
 from gossamer.data import clients
 from gossamer.data.clients import Progress
-from gossamer.data.extract import extract, sha256
+from gossamer.data.extract import extract
 from gossamer.data.registry import Archive, Asset, packaged
 
 MARKER = "gossamer-asset.json"
@@ -31,15 +31,7 @@ STALE_SECONDS = 24 * 3600
 
 def cache_dir() -> Path:
     """Where assets are kept: `GOSSAMER_CACHE_DIR`, else gossamer's folder in the user's cache, `/assets`."""
-    if chosen := os.environ.get("GOSSAMER_CACHE_DIR"):
-        return Path(chosen).expanduser() / "assets"
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "gossamer" / "assets"
+    return cache_root() / "assets"
 
 
 @contextmanager
@@ -114,7 +106,7 @@ class Store:
         if not self.cached(name):
             raise AssetError(f"{name} is not in the cache, or not whole; run fetch({name!r})")
         for member in asset.members:
-            got = sha256(folder / member.name)
+            got = digest(folder / member.name)
             if got != member.sha256:
                 raise AssetError(
                     f"{name}: {member.name} has sha256 {got}, pinned {member.sha256}; the cached file was "
@@ -197,7 +189,7 @@ class Store:
 
 
 def _check(file: Path, archive: Archive, *, remedy: str) -> None:
-    got = sha256(file)
+    got = digest(file)
     if got != archive.sha256:
         raise AssetError(f"{archive.filename} has sha256 {got}, but {archive.sha256} is pinned: refused; {remedy}")
 

@@ -6,12 +6,12 @@ import contextlib
 import functools
 import hashlib
 import logging
-import os
 import sys
 import tempfile
 import threading
 from pathlib import Path
 
+from gossamer.core.files import cache_root
 from gossamer.kernels.cpu.target import cpu_name
 
 _log = logging.getLogger("gossamer")
@@ -30,20 +30,10 @@ def abi_version() -> str:
     return digest.hexdigest()[:12]
 
 
-def _user_cache() -> Path:
-    if named := os.environ.get("GOSSAMER_CACHE_DIR"):
-        return Path(named).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "gossamer"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "gossamer"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gossamer"
-
-
 @functools.cache
 def kernel_dir() -> Path:
     """Directory of compiled kernels: `<cache>/kernels/<cpu>-<hash of the sources>`; a temporary one if unwritable."""
-    path = _user_cache() / "kernels" / f"{cpu_name()}-{abi_version()}"
+    path = cache_root() / "kernels" / f"{cpu_name()}-{abi_version()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
