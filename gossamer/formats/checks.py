@@ -31,7 +31,11 @@ def index_dtype(columns: int) -> torch.dtype:
 
 
 def matrix(w_MK: Tensor) -> Tensor:
-    """Refuse anything but a real 2-D float matrix, in words."""
+    """Refuse anything but a real 2-D float matrix, in words.
+
+    Raises:
+        FormatError: another number of axes (flatten it), or another dtype (cast it).
+    """
     if w_MK.dim() != 2:
         raise FormatError(f"formats store 2-D weights [M, K], got shape {tuple(w_MK.shape)}; flatten(1) it first")
     if w_MK.dtype not in BITS_OF:
@@ -40,7 +44,11 @@ def matrix(w_MK: Tensor) -> Tensor:
 
 
 def kept(w_MK: Tensor, support_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The matrix with everything outside its support at zero, and the support as a bool mask."""
+    """The matrix with everything outside its support at zero, and the support as a bool mask.
+
+    Raises:
+        FormatError: no 2-D float matrix, no values (a meta tensor), or a mask of another dtype or shape.
+    """
     w_MK = matrix(w_MK)
     if w_MK.is_meta:
         raise FormatError("a sparse format needs real values, got a weight on the meta device; load the model first")
@@ -56,7 +64,11 @@ def kept(w_MK: Tensor, support_mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def pointer(counts: Tensor) -> Tensor:
-    """Running int32 offsets [n + 1] from n counts."""
+    """Running int32 offsets [n + 1] from n counts.
+
+    Raises:
+        FormatError: more than 2³¹ − 1 entries; split the matrix by rows.
+    """
     offsets = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
     torch.cumsum(counts, 0, dtype=torch.int64, out=offsets[1:])
     if counts.numel() and int(offsets[-1]) > LARGEST_POINTER:
@@ -71,7 +83,11 @@ def owners(indptr: Tensor, count: int) -> Tensor:
 
 
 def whole(meta: Mapping[str, Any], key: str, least: int = 0, most: int = LARGEST_POINTER) -> int:
-    """A whole number from a record, in range."""
+    """A whole number from a record, in range.
+
+    Raises:
+        FormatError: it is missing, no whole number, or out of range.
+    """
     value = meta.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise FormatError(f"{key!r} must be a whole number from {least} to {most}, got {value!r}")
@@ -79,7 +95,11 @@ def whole(meta: Mapping[str, Any], key: str, least: int = 0, most: int = LARGEST
 
 
 def exactly(parts: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
-    """The named parts, in order, on one device and contiguous; none missing, none extra."""
+    """The named parts, in order, on one device and contiguous; none missing, none extra.
+
+    Raises:
+        FormatError: the names differ, or the parts lie on different devices.
+    """
     if set(parts) != set(names):
         raise FormatError(f"parts must be {', '.join(names)}; got {', '.join(sorted(parts)) or 'none'}")
     if len({part.device for part in parts.values()}) > 1:
@@ -88,21 +108,33 @@ def exactly(parts: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
 
 
 def sized(part: Tensor, name: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """Refuse a part of another dtype or shape than the record implies."""
+    """Refuse a part of another dtype or shape than the record implies.
+
+    Raises:
+        FormatError: it has another.
+    """
     if part.dtype != dtype or tuple(part.shape) != tuple(shape):
         raise FormatError(f"{name} must be {dtype} {list(shape)}, got {part.dtype} {list(part.shape)}")
     return part
 
 
 def floats(part: Tensor, shape: Sequence[int]) -> Tensor:
-    """Refuse values that are not floats of the expected shape."""
+    """Refuse values that are not floats of the expected shape.
+
+    Raises:
+        FormatError: another dtype or shape.
+    """
     if part.dtype not in BITS_OF:
         raise FormatError(f"values must be float16, bfloat16, float32 or float64, got {part.dtype}")
     return sized(part, "values", part.dtype, shape)
 
 
 def pointer_part(indptr: Tensor, groups: int, count: int, name: str = "indptr") -> Tensor:
-    """Refuse offsets that do not run from 0 to `count` without stepping back."""
+    """Refuse offsets that do not run from 0 to `count` without stepping back.
+
+    Raises:
+        FormatError: they do not; the parts are damaged or mixed up.
+    """
     sized(indptr, name, torch.int32, [groups + 1])
     if int(indptr[0]) != 0 or int(indptr[-1]) != count or bool((indptr.diff() < 0).any()):
         raise FormatError(f"{name} must rise from 0 to the {count} stored entries; these parts are damaged or mixed up")
@@ -110,7 +142,11 @@ def pointer_part(indptr: Tensor, groups: int, count: int, name: str = "indptr") 
 
 
 def column_part(indices: Tensor, indptr: Tensor, columns: int) -> Tensor:
-    """Refuse column indices outside the matrix, repeated, or out of order within a row or group."""
+    """Refuse column indices outside the matrix, repeated, or out of order within a row or group.
+
+    Raises:
+        FormatError: there is one; the parts are damaged or mixed up.
+    """
     sized(indices, "indices", index_dtype(columns), [indices.numel()])
     wide = indices.int()
     if wide.numel() and not 0 <= int(wide.min()) <= int(wide.max()) < columns:
@@ -124,7 +160,11 @@ def column_part(indices: Tensor, indptr: Tensor, columns: int) -> Tensor:
 
 
 def zero_padding(slots: Tensor, values: Tensor, grid: tuple[int, int], shape: tuple[int, int]) -> None:
-    """Refuse set bits in slots that lie outside the matrix: kernels rely on them being zero."""
+    """Refuse set bits in slots that lie outside the matrix: kernels rely on them being zero.
+
+    Raises:
+        FormatError: a slot outside holds one; the parts are damaged.
+    """
     if grid == shape:
         return
     outside = (slots // grid[1] >= shape[0]) | (slots % grid[1] >= shape[1])

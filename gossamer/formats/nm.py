@@ -110,7 +110,11 @@ def _check_groups(cols: int, n: int, m: int) -> None:
 
 
 def fill_groups(mask_MGm: Tensor, n: int) -> Tensor:
-    """Exactly n slots per group: the kept ones, then the lowest free positions."""
+    """Exactly n slots per group: the kept ones, then the lowest free positions.
+
+    Raises:
+        FormatError: a group keeps more than n; prune with that pattern first, or choose another format.
+    """
     spare = n - mask_MGm.sum(-1, dtype=torch.int16)
     if bool((spare < 0).any()):
         raise FormatError(

@@ -153,7 +153,11 @@ def run_over(plan: Plan, x: Tensor, bias: Tensor | None, activation: str) -> Ten
 
 
 def check_input(x: Tensor, cols: int, like) -> None:
-    """Refuse activations of another width, dtype or device than the weight's."""
+    """Refuse activations of another width, dtype or device than the weight's.
+
+    Raises:
+        FormatError: another width, or another dtype or device (convert one with `.to(...)`).
+    """
     if not x.dim() or x.shape[-1] != cols:
         raise width_error(x, cols)
     if x.dtype != like.dtype or x.device != like.device:

@@ -28,6 +28,7 @@ def same_padding(kernel: int, stride: int) -> nn.ZeroPad2d:
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
+    """(x − mean) / sqrt(variance + 1e-3) per channel, scaled and shifted."""
     # TensorFlow's epsilon, which the checkpoint was trained with.
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
 

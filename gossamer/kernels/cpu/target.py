@@ -55,6 +55,9 @@ def supports(kernel_name: str) -> str | None:
     Args:
         kernel_name: "spmm", "spmm_columns", "spmm_conv", "bitmask", "bitmask_float32" or "bitmask_bfloat16".
 
+    Raises:
+        UnknownName: none of these; near names are listed.
+
     Example:
         >>> supports("spmm") is None
         True
