@@ -17,6 +17,7 @@ from .screen import Json, Report, bar, emit, waiting
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..deploy.engines import Speed
     from .models import Loaded
 
 OURS = "gossamer"
@@ -29,7 +30,8 @@ class Line:
     Args:
         ms, iqr: median and distance between the quartiles of one call. Unit: ms.
         per_second: tokens or pictures.
-        speedup: over the fastest dense engine at the same threads.
+        speedup: over the fastest dense fp32 engine at the same threads.
+        precision: that it computes in; an engine that rounds is shown, and is no yardstick.
     """
 
     engine: str
@@ -39,6 +41,7 @@ class Line:
     per_second: float
     speedup: float = 1.0
     note: str = ""
+    precision: str = "fp32"
 
 
 def bench(
@@ -102,14 +105,14 @@ def _by_turns(
 def _beside_engines(
     ways: Ways, inputs: Inputs, counts: Sequence[int], repeats: int, work: int, progress: Report
 ) -> list[Line]:
-    """Each engine in a process of its own, the best dense one to be set against."""
+    """Each engine in a process of its own, the best dense fp32 one to be set against."""
     from ..deploy.engines import measure_engines
 
     packed = {OURS: ways[OURS]} if OURS in ways else {}
     speeds = measure_engines(
         ways["torch"], inputs, packed=packed, threads=counts, seconds_each=0.2 * repeats, progress=progress
     )
-    dense = [s for s in speeds if s.engine != OURS and s.batch_ms]
+    dense = [s for s in speeds if s.engine != OURS and s.batch_ms and _precision(s.engine) == "fp32"]
     best = {count: min((s.batch_ms for s in dense if s.threads == count), default=0.0) for count in counts}
     per_item = work / speeds[0].batch
     return [
@@ -120,10 +123,24 @@ def _beside_engines(
             s.batch_iqr or 0.0,
             per_item * (s.throughput or 0.0),
             best[s.threads] / s.batch_ms if s.batch_ms else 0.0,
-            s.note,
+            s.note or _beside_rounding(s, speeds),
+            _precision(s.engine),
         )
         for s in sorted(speeds, key=lambda s: s.threads)
     ]
+
+
+def _beside_rounding(ours: Speed, speeds: Sequence[Speed]) -> str:
+    """Our row says how it stands to an engine that rounds, too, where that one was measured."""
+    same = [s for s in speeds if s.threads == ours.threads and s.batch_ms and _precision(s.engine) != "fp32"]
+    if ours.engine != OURS or not ours.batch_ms or not same:
+        return ""
+    best = min(same, key=lambda s: s.batch_ms)
+    return f"{best.batch_ms / ours.batch_ms:.2f}× the speed of {best.engine}, which rounds ({ours.threads} threads)"
+
+
+def _precision(engine: str) -> str:
+    return "bf16" if engine.endswith("bf16") else "fp32"
 
 
 def _at(ways: Ways, inputs: Inputs, threads: int, repeats: int, work: int) -> list[Line]:
@@ -140,7 +157,7 @@ def _at(ways: Ways, inputs: Inputs, threads: int, repeats: int, work: int) -> li
 def _table(lines: list[Line], unit: str, model: str) -> Table:
     drawn = Table(title=model, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     drawn.add_column("engine", no_wrap=True)
-    for name in ("threads", "median", "quartiles apart", unit, "vs best dense"):
+    for name in ("threads", "median", "quartiles apart", unit, "vs best fp32 dense"):
         drawn.add_column(name, justify="right")
     for line in lines:
         news = "green" if line.speedup > 1.03 else "red" if line.speedup < 0.97 else ""

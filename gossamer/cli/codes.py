@@ -60,16 +60,24 @@ class Group(TyperGroup):
         except BrokenPipeError:
             raise
         except (Exception, KeyboardInterrupt) as error:
-            _say(error)
+            _say(error, ctx.invoked_subcommand or "")
             raise typer.Exit(code_of(error)) from error
 
 
 _TITLES = {UNEXPECTED: "unexpected error", YOURS: "cannot do that", ENVIRONMENT: "the environment lacks something"}
 
 
-def _say(error: BaseException) -> None:
+# What the other commands were about to write appears whole or not at all.
+KEPT = {
+    "prune": "Finished layers are kept: run the same command again to go on from there.",
+    "assets": "Assets that were fetched whole are kept.",
+    "demo": "Assets that were fetched whole are kept; the run itself starts anew next time.",
+}
+
+
+def _say(error: BaseException, command: str) -> None:
     if isinstance(error, KeyboardInterrupt):
-        err().print("Stopped. What was finished is kept: run the same command again to go on from there.")
+        err().print(f"Stopped. {KEPT.get(command, 'Nothing is kept: the same command starts anew.')}")
         return
     code, text = code_of(error), str(error) or type(error).__name__
     if os.environ.get("GOSSAMER_TRACEBACK") == "1":

@@ -30,7 +30,7 @@ def demo(
 ) -> None:
     """Prune, pack and measure a real pretrained model beside the best dense engines, and write a report.
 
-    Fetches about 110 MB on first use (llm: 180 MB), with no account and no model hub.
+    Fetches about 97 MB on first use (llm: 178 MB), with no account and no model hub.
 
     Example: gossamer demo
     """

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import typer
@@ -17,6 +14,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from ..report.machine import ABSENT, hardware, versions
 from .codes import ENVIRONMENT
 from .screen import Json, emit
 
@@ -79,22 +77,15 @@ def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
 def _python() -> Iterator[Finding]:
     good = sys.version_info >= (3, 11)
     advice = "" if good else "install Python 3.11 or later"
-    yield Finding("python", "ok" if good else "broken", f"{platform.python_version()} on {platform.system()}", advice)
+    yield Finding("python", "ok" if good else "broken", hardware()["system"], advice)
 
 
 def _libraries() -> Iterator[Finding]:
-    for name, least in REQUIRED.items():
-        got = _version(name)
-        good = got is not None and _parts(got) >= _parts(least)
+    for name, got in versions(REQUIRED).items():
+        least = REQUIRED[name]
+        good = got != ABSENT and _parts(got) >= _parts(least)
         advice = "" if good else f"pip install '{name}>={least}'"
-        yield Finding(name, "ok" if good else "broken", got or "not installed", advice)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+        yield Finding(name, "ok" if good else "broken", got, advice)
 
 
 def _parts(text: str) -> tuple[int, ...]:
@@ -106,7 +97,7 @@ def _threads() -> Iterator[Finding]:
 
     from ..kernels.cpu.threads import runner_name
 
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = int(hardware()["cores"])
     used = torch.get_num_threads()
     good = used <= usable
     advice = "" if good else f"set OMP_NUM_THREADS={usable}: more threads than processors slow everything down"
@@ -169,10 +160,10 @@ def _assets() -> Iterator[Finding]:
 
 
 def _optional() -> Iterator[Finding]:
-    for name, (purpose, extra) in OPTIONAL.items():
-        got = _version(name)
-        advice = "" if got else f"for {purpose}: pip install 'gossamer[{extra}]'"
-        yield Finding(name, "ok" if got else "note", got or "not installed", advice)
+    for name, got in versions(OPTIONAL).items():
+        purpose, extra = OPTIONAL[name]
+        advice = f"for {purpose}: pip install 'gossamer[{extra}]'" if got == ABSENT else ""
+        yield Finding(name, "note" if got == ABSENT else "ok", got, advice)
 
 
 _COLOUR = {"ok": "green", "note": "yellow", "broken": "red"}

@@ -169,7 +169,11 @@ def example(loaded: Loaded, *, tokens: int, batch: int) -> dict[str, Tensor] | T
 
 
 def check_length(loaded: Loaded, tokens: int) -> None:
-    """Refuse more tokens than the model has positions for."""
+    """Refuse more tokens than the model has positions for.
+
+    Raises:
+        GossamerError: there are more; take fewer.
+    """
     if loaded.longest is not None and tokens > loaded.longest:
         raise GossamerError(
             f"{loaded.spec} has positions for {loaded.longest} tokens, {tokens} were asked for; take fewer"

@@ -69,9 +69,17 @@ def whole_numbers(text: str, flag: str) -> list[int]:
 
 
 def load_lines(out: Path, loaded: Loaded) -> list[str]:
-    """The two lines that load a packed model and run it."""
-    call = "model(pictures)" if loaded.tokenizer is None else 'model(**tokenizer("text", return_tensors="pt"))'
-    return [f'model = gossamer.load("{out}")', call]
+    """The two lines that load a packed model and run it, as one may type them into a new session."""
+    where = str(out)
+    if loaded.tokenizer is not None:
+        load = f"gossamer.load({where!r}), transformers.AutoTokenizer.from_pretrained({where!r})"
+        run = 'print(model(**tokenizer("some text", return_tensors="pt"))[0].shape)'
+        return [f"import gossamer, transformers; model, tokenizer = {load}", run]
+    from .models import PICTURE
+
+    words = getattr(loaded.config, "vocab_size", None)
+    inputs = f"torch.rand(1, {', '.join(map(str, PICTURE))})" if words is None else "torch.tensor([[1, 2, 3]])"
+    return [f"import gossamer, torch; model = gossamer.load({where!r})", f"print(model({inputs})[0].shape)"]
 
 
 def _table(report: PackReport) -> Table:

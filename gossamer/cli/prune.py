@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ..core.errors import CalibrationError, GossamerError, TargetError
+from ..core.errors import CalibrationError, FileDamaged, GossamerError, TargetError
 from ..core.files import whole_file, whole_folder
 from . import recipe as recipes
 from .screen import Json, bar, emit, err, waiting
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 REPORT, REQUEST = "gossamer-prune.json", "request.json"
+WORK = ".work"
 
 
 def prune(
@@ -37,12 +38,14 @@ def prune(
     seed: Annotated[int | None, typer.Option(help="Of the draw of calibration texts; 0.")] = None,
     targets: Annotated[list[str] | None, typer.Option(help="Only layers of this name pattern; repeatable.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Leave these layers dense; repeatable.")] = None,
-    allocation: Annotated[str, typer.Option(help="Density per layer: uniform, er or erk.")] = "",
+    allocation: Annotated[
+        str, typer.Option(help="Density per layer: uniform, er, erk, or sensitivity (needs --data).")
+    ] = "",
     option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the method; repeatable.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with the same keys; flags win over it.")] = None,
     workdir: Annotated[str, typer.Option(help="Where finished layers wait; OUT/.work, removed at the end.")] = "",
     out: Annotated[str, typer.Option(help="Folder to write; must be new unless --overwrite.")] = "",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in OUT.")] = False,
     as_json: Json = False,
 ) -> None:
     """Make a model sparse, in one pass, with or without calibration data.
@@ -70,7 +73,7 @@ def _complete(asked: Recipe) -> Recipe:
     for name, flag in (("model", "MODEL"), ("method", "--method"), ("out", "--out")):
         if not getattr(asked, name):
             raise typer.BadParameter(f"give {flag}, here or in a recipe", param_hint=flag)
-    return replace(asked, workdir=asked.workdir or str(Path(asked.out) / ".work"))
+    return replace(asked, workdir=asked.workdir or str(Path(asked.out) / WORK))
 
 
 def _sparsifier(asked: Recipe) -> Sparsifier:
@@ -92,19 +95,38 @@ def _sparsifier(asked: Recipe) -> Sparsifier:
             f"method {asked.method!r} prunes while a model trains; use gossamer.attach in your training loop, "
             "or take a one-shot method here"
         )
-    if sparsifier.needs and not asked.data:
-        raise CalibrationError(
-            f"method {asked.method!r} scores weights by their inputs; give --data TEXTFILE or --data asset:wikitext2"
+    if _reads(asked, sparsifier) and not asked.data:
+        who = (
+            f"method {asked.method!r} scores weights"
+            if sparsifier.needs
+            else "allocation 'sensitivity' measures layers"
         )
+        raise CalibrationError(f"{who} by their inputs; give --data TEXTFILE or --data asset:wikitext2")
     return sparsifier
+
+
+def _reads(asked: Recipe, sparsifier: Sparsifier) -> bool:
+    return bool(sparsifier.needs) or asked.allocation == "sensitivity"
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise TargetError(f"{out} is a file; give a folder to write to")
-    foreign = [p.name for p in out.iterdir() if p.name != ".work"] if out.is_dir() else []
-    if foreign and not overwrite:
-        raise TargetError(f"{out} is not empty ({', '.join(sorted(foreign)[:3])} ...); take another, or --overwrite")
+    held = {p.name for p in out.iterdir()} - {WORK} if out.is_dir() else set()
+    if held and not _ours(held):
+        raise GossamerError(
+            f"{out} holds files that gossamer did not write ({', '.join(sorted(held)[:3])} ...), and --overwrite would "
+            "delete them; choose another folder"
+        )
+    if held and not overwrite:
+        raise TargetError(f"{out} holds an earlier result; take another folder, or --overwrite")
+
+
+def _ours(held: set[str]) -> bool:
+    """Each result of `prune` holds its report, and each `save` its record: a folder with neither is someone's own."""
+    from .models import RECORD
+
+    return bool(held & {REPORT, RECORD})
 
 
 def _run(asked: Recipe, sparsifier: Sparsifier) -> tuple[PruneReport, int]:
@@ -116,7 +138,7 @@ def _run(asked: Recipe, sparsifier: Sparsifier) -> tuple[PruneReport, int]:
     with waiting(f"loading {asked.model}"):
         loaded = models.load(asked.model)
         how = {"samples": asked.samples, "length": asked.length, "batch": asked.batch, "seed": asked.seed}
-        data = calibration.batches(loaded, asked.data, **how) if asked.data and sparsifier.needs else None
+        data = calibration.batches(loaded, asked.data, **how) if asked.data and _reads(asked, sparsifier) else None
     with bar(f"pruning with {asked.method}") as progress:
         report = prune_model(
             loaded.model,
@@ -142,7 +164,7 @@ def _claim(workdir: Path, asked: Recipe) -> None:
         with whole_file(file) as draft:
             draft.write_text(json.dumps(job, indent=1))
         return
-    held = json.loads(file.read_text())
+    held = _earlier(file)
     for key in job:
         if held.get(key) != job[key]:
             raise TargetError(
@@ -150,6 +172,16 @@ def _claim(workdir: Path, asked: Recipe) -> None:
                 "delete that folder to start anew, or give the same command to go on"
             )
     err().print(f"Going on with the unfinished run in {workdir}.")
+
+
+def _earlier(file: Path) -> dict[str, object]:
+    try:
+        held = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise FileDamaged(f"{file} cannot be read ({error}); delete {file.parent} to start anew") from error
+    if not isinstance(held, dict):
+        raise FileDamaged(f"{file} holds no record of a run; delete {file.parent} to start anew")
+    return held
 
 
 def _save(loaded: Loaded, out: Path, record: dict[str, object]) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+ABSENT = "not installed"
+
 
 def hardware() -> dict[str, str]:
     """Processor, cores that this process may use, memory, vector extensions, system."""
@@ -21,7 +23,7 @@ def hardware() -> dict[str, str]:
 
 
 def versions(packages: Iterable[str] = ("torch", "numba", "transformers", "onnxruntime", "openvino")) -> dict[str, str]:
-    """Installed versions; "not installed" where there is none."""
+    """Installed versions; `ABSENT` where there is none."""
     return {name: _version(name) for name in packages}
 
 
@@ -35,7 +37,7 @@ def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "not installed"
+        return ABSENT
 
 
 def _cpuinfo(field: str) -> str:

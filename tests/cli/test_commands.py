@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from gossamer.cli import codes
 from gossamer.cli import doctor as doctor_module
 from gossamer.core.errors import AssetError, FileDamaged, MissingDependency, PatternError
 
@@ -139,6 +140,26 @@ def test_a_full_disk_behind_one_of_our_errors_is_the_environment(gossamer, monke
 
     monkeypatch.setattr(doctor_module, "examine", fail)
     assert gossamer("doctor").exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [("prune", "go on from there"), ("assets", "fetched whole"), ("demo", "anew"), ("pack", "Nothing is kept")],
+)
+def test_what_ctrl_c_keeps_is_said_for_each_command(capsys, command, says):
+    codes._say(KeyboardInterrupt(), command)
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_download_that_demo_announces_is_what_its_assets_weigh(gossamer):
+    from gossamer.data import asset
+
+    def megabytes(*names: str) -> int:
+        return round(sum({a.filename: a.size for a in (asset(n).archive for n in names)}.values()) / 1e6)
+
+    text = " ".join(gossamer("demo", "--help").stdout.split())
+    assert f"{megabytes('minilm', 'movie-reviews')} MB" in text
+    assert f"llm: {megabytes('smollm2-135m', 'wikitext2')} MB" in text
 
 
 def test_assets_of_unknown_names_are_refused_before_any_work(gossamer):

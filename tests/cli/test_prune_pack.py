@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -105,10 +106,50 @@ def test_a_folder_with_something_in_it_is_kept(gossamer, llama_folder, tmp_path)
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
     flags = ("--method", "magnitude", "--out", out)
-    assert gossamer("prune", llama_folder, *flags).exit_code == 3
-    assert (out / "thesis.txt").read_text() == "mine"
-    assert gossamer("prune", llama_folder, *flags, "--overwrite").exit_code == 0
-    assert sorted(zeros(out).values())[0] == 0.5
+    for more in ((), ("--overwrite",)):
+        result = gossamer("prune", llama_folder, *flags, *more)
+        assert result.exit_code == 3
+        assert "choose another" in " ".join(result.stderr.replace("│", " ").split())
+        assert (out / "thesis.txt").read_text() == "mine"
+
+
+def test_an_earlier_result_is_replaced_when_asked_for(gossamer, llama_folder, tmp_path):
+    out = tmp_path / "out"
+    flags = ("prune", llama_folder, "--method", "magnitude", "--out", out)
+    assert gossamer(*flags).exit_code == 0
+    refused = gossamer(*flags, "--density", 0.25)
+    assert refused.exit_code == 3
+    assert "--overwrite" in refused.stderr
+    assert set(zeros(out).values()) == {0.5}
+    assert gossamer(*flags, "--density", 0.25, "--overwrite").exit_code == 0
+    assert set(zeros(out).values()) == {0.75}
+
+
+def test_a_models_own_folder_is_not_pruned_over(gossamer, tmp_path):
+    model = llama(tmp_path / "model")
+    result = gossamer("prune", model, "--method", "magnitude", "--out", model, "--overwrite")
+    assert result.exit_code == 3
+    assert max(zeros(model).values()) < 0.01
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_a_damaged_record_of_an_unfinished_run_is_named(gossamer, llama_folder, tmp_path, text):
+    work = tmp_path / "out" / ".work"
+    work.mkdir(parents=True)
+    (work / "request.json").write_text(text, encoding="latin-1")
+    result = gossamer("prune", llama_folder, "--method", "magnitude", "--out", tmp_path / "out")
+    assert result.exit_code == 3
+    assert "start anew" in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_allocation_by_sensitivity_measures_with_data(gossamer, llama_folder, text_file, tmp_path):
+    flags = ("--method", "magnitude", "--density", 0.5, "--allocation", "sensitivity", "--out", tmp_path / "o")
+    assert "--data" in gossamer("prune", llama_folder, *flags).stderr
+    held = record(
+        gossamer("prune", llama_folder, *flags, "--data", text_file, "--samples", 4, "--length", 16, "--json")
+    )
+    assert held["density"] == pytest.approx(0.5, abs=0.01)
+    assert len(set(zeros(tmp_path / "o").values())) > 1
 
 
 def test_an_encoder_is_calibrated_on_lines_packed_and_timed(gossamer, bert_folder, text_file, tmp_path):
@@ -120,7 +161,14 @@ def test_an_encoder_is_calibrated_on_lines_packed_and_timed(gossamer, bert_folde
     held = record(gossamer("pack", pruned, "--out", packed, "--tokens", 16, "--json"))
     assert len(held["layers"]) == 13
     assert all(layer["reason"] for layer in held["layers"])
-    assert held["load_lines"][0] == f'model = gossamer.load("{packed}")'
+    ran = subprocess.run(
+        [sys.executable, "-c", "\n".join(held["load_lines"])],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "torch.Size([1, 2, 32])" in ran.stdout
 
     from transformers import AutoModel
 
@@ -134,6 +182,43 @@ def test_an_encoder_is_calibrated_on_lines_packed_and_timed(gossamer, bert_folde
     plain = gossamer("bench", pruned, "--threads", "1", "--tokens", 16, "--repeats", 3)
     assert plain.exit_code == 0
     assert "torch" in plain.stdout
+
+
+def test_the_lines_of_models_without_a_tokenizer_run_too(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    import gossamer as library
+    from gossamer.cli.models import Loaded
+    from gossamer.cli.pack import load_lines
+    from gossamer.data.vision import MobileNetV2
+
+    config = BertConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+    for name, model in {"pictures": MobileNetV2(), "it's words": BertModel(config)}.items():
+        library.save(model.eval(), tmp_path / name)
+        lines = load_lines(tmp_path / name, Loaded(name, model, None))
+        assert len(lines) == 2
+        exec("\n".join(lines), {})
+
+
+def test_an_engine_that_rounds_is_shown_and_is_no_yardstick(monkeypatch):
+    from torch import nn
+
+    from gossamer.cli import bench
+    from gossamer.deploy import engines
+
+    times = {"torch": 8.0, "OpenVINO": 4.0, "OpenVINO bf16": 1.0, "gossamer": 2.0}
+    speeds = [engines.Speed(name, "1", 1, throughput=1e3 / ms, batch_ms=ms) for name, ms in times.items()]
+    monkeypatch.setattr(engines, "measure_engines", lambda *args, **options: speeds)
+    ways = {"gossamer": nn.Identity(), "torch": nn.Identity()}
+    lines = {n.engine: n for n in bench._beside_engines(ways, torch.ones(1), [1], 1, 1, print)}
+    assert {name: line.speedup for name, line in lines.items()} == {
+        "torch": 0.5,
+        "OpenVINO": 1.0,
+        "OpenVINO bf16": 4.0,
+        "gossamer": 2.0,
+    }
+    assert lines["OpenVINO bf16"].precision == "bf16"
+    assert "0.50× the speed of OpenVINO bf16" in lines["gossamer"].note
 
 
 def test_a_window_longer_than_the_model_is_refused(gossamer, bert_folder, tmp_path):
