@@ -53,8 +53,8 @@ class Linear:
 class OneDNN:
     """oneDNN's inner product, with the activation fused, over weights re-ordered once (plain ones work, too).
 
-    2-3 times F.linear on AMD processors, where torch's BLAS keeps to AVX2. The operators are torch's own but
-    undocumented, so they are looked up and checked against F.linear before first use.
+    Often faster than F.linear on AMD processors, where torch's BLAS keeps to AVX2; benchmarks/results has both. The
+    operators are torch's own but undocumented, so they are looked up and checked against F.linear before first use.
     """
 
     weight: Tensor
