@@ -1,27 +1,25 @@
 """`select` against the same masks written by hand with topk + scatter, on tensors of a million entries.
 
-Run: python -m benchmarks.select.run [--repeat 30] [--out benchmarks/select/results]
+Run: python -m benchmarks.select.run [--repeat 30] [--threads 1] [--device cuda]
 The rule, fixed beforehand: each ratio (select / by hand, medians of interleaved runs) is at most 1.3.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.results import table, write_results
 from gossamer.core import Budget, Density, Keep, pattern, select
 
 RULE = 1.3
+HEADS = ("case", "select, ms", "topk + scatter, ms", "ratio")
 
 
 @dataclass(frozen=True)
@@ -89,19 +87,15 @@ def _wait(x: Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def hardware(device: str) -> str:
-    """The processor's own name."""
-    if device != "cpu":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return names[0].strip() if names else platform.processor() or platform.machine()
+def _device(device: str) -> str:
+    return device if device == "cpu" else torch.cuda.get_device_name(device)
 
 
-def table(lines: list[Line], machine: str, threads: int) -> str:
-    head = f"`select` on {machine}, {threads} threads, torch {torch.__version__}; rule: ratio <= {RULE}\n\n"
-    rows = [f"| {r.case} | {r.select_ms:.2f} | {r.by_hand_ms:.2f} | {r.ratio:.2f} |" for r in lines]
-    return head + "\n".join(["| case | select, ms | topk + scatter, ms | ratio |", "|---|---|---|---|", *rows]) + "\n"
+def verdict(lines: list[Line]) -> list[str]:
+    """The rule and whether it held, named case by case where it did not."""
+    broken = [f"{r.case}: {r.ratio:.2f}" for r in lines if r.ratio > RULE]
+    held = f"broken by {'; '.join(broken)}" if broken else "held by every case"
+    return [f"The rule, fixed beforehand: each ratio is at most {RULE}. It is {held}."]
 
 
 def main() -> None:
@@ -109,20 +103,18 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=30)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     s_OI = torch.randperm(1024 * 1024, generator=torch.Generator().manual_seed(0)).float().view(1024, 1024)
     s_OI = s_OI.to(options.device)
     lines = [measure(name, s_OI, options.repeat) for name in cases(s_OI)]
-    machine = hardware(options.device)
-    text = table(lines, machine, options.threads)
-    print(text)
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / re.sub(r"\W+", "-", f"{machine}-{options.threads}-threads").strip("-").lower()
-    stem.with_suffix(".md").write_text(text)
-    record = {"machine": machine, "threads": options.threads, "rule": RULE, "lines": [asdict(r) for r in lines]}
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    rows = [[r.case, f"{r.select_ms:.2f}", f"{r.by_hand_ms:.2f}", f"{r.ratio:.2f}"] for r in lines]
+    setting = {"threads": options.threads, "device": _device(options.device), "repeat": options.repeat, "rule": RULE}
+    notes = [*verdict(lines), *(f"{name}: {value}" for name, value in setting.items() if name != "rule")]
+    record = {**setting, "lines": [{**asdict(r), "ratio": r.ratio} for r in lines]}
+    name = f"select-{options.threads}-threads" if options.device == "cpu" else "select-gpu"
+    page = write_results(name, record, HEADS, rows, notes)
+    print(table(HEADS, rows), *notes, f"written to {page}", sep="\n")
 
 
 if __name__ == "__main__":
