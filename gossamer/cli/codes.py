@@ -67,17 +67,12 @@ class Group(TyperGroup):
 _TITLES = {UNEXPECTED: "unexpected error", YOURS: "cannot do that", ENVIRONMENT: "the environment lacks something"}
 
 
-# What the other commands were about to write appears whole or not at all.
-KEPT = {
-    "prune": "Finished layers are kept: run the same command again to go on from there.",
-    "assets": "Assets that were fetched whole are kept.",
-    "demo": "Assets that were fetched whole are kept; the run itself starts anew next time.",
-}
-
-
 def _say(error: BaseException, command: str) -> None:
     if isinstance(error, KeyboardInterrupt):
-        err().print(f"Stopped. {KEPT.get(command, 'Nothing is kept: the same command starts anew.')}")
+        # Whatever else a command was about to write appears whole or not at all.
+        kept = "Finished layers are kept: run the same command again to go on from there."
+        rest = "Assets that were fetched whole are kept; anything else starts anew."
+        err().print(f"Stopped. {kept if command == 'prune' else rest}")
         return
     code, text = code_of(error), str(error) or type(error).__name__
     if os.environ.get("GOSSAMER_TRACEBACK") == "1":
