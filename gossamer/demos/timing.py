@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .. import __version__ as gossamer_version
 from ..deploy.engines import Speed, measure_engines
+from ..deploy.save import RECORD, TENSORS
 from ..deploy.timing import median, torch_threads
 from ..report.record import EngineRow
 
@@ -59,16 +62,23 @@ def _row(s: Speed, packed: Mapping[str, nn.Module]) -> EngineRow:
 
 
 def decode_rows(
-    models: Mapping[str, nn.Module], prompt: Tensor, *, tokens: int = 24, seconds: float = 60.0
+    dense: Mapping[str, nn.Module],
+    packed: Mapping[str, nn.Module],
+    prompt: Tensor,
+    *,
+    tokens: int = 24,
+    seconds: float = 60.0,
 ) -> list[EngineRow]:
     """Tokens per second, one sequence, greedy, after a prompt: median over single tokens, models taking turns.
 
     Args:
-        models: by setting; the first is the dense one, run by torch.
+        dense: the dense model by engine.
+        packed: packed models by setting.
         prompt: token ids [1, T].
         tokens: tokens of one turn.
         seconds: about how long to measure in all.
     """
+    models = {**dense, **packed}
     taken: dict[tuple[str, int], list[float]] = {(n, t): [] for t in THREADS for n in models}
     until = time.perf_counter() + seconds
     with torch.no_grad():
@@ -76,7 +86,7 @@ def decode_rows(
             for name, threads in taken:
                 with torch_threads(threads):
                     taken[name, threads] += _decode(models[name], prompt, tokens)
-    return [_token_row(name, threads, ms, dense=name == next(iter(models))) for (name, threads), ms in taken.items()]
+    return [_token_row(name, threads, ms, ours=name in packed) for (name, threads), ms in taken.items()]
 
 
 def _decode(model: nn.Module, prompt: Tensor, tokens: int) -> list[float]:
@@ -90,15 +100,20 @@ def _decode(model: nn.Module, prompt: Tensor, tokens: int) -> list[float]:
     return times[2:]
 
 
-def _token_row(name: str, threads: int, taken: list[float], *, dense: bool) -> EngineRow:
+def _token_row(name: str, threads: int, taken: list[float], *, ours: bool) -> EngineRow:
     time_ms = median(taken)
     return EngineRow(
-        setting=name,
-        engine="torch" if dense else "gossamer",
+        setting=name if ours else "dense",
+        engine="gossamer" if ours else name,
         threads=threads,
         latency_ms=time_ms.ms,
         latency_iqr=time_ms.spread,
         throughput=1e3 / time_ms.ms,
         unit="tokens/s",
-        version=torch.__version__ if dense else "",
+        version=gossamer_version if ours else torch.__version__,
     )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of a saved model's own files, without the tokenizer's."""
+    return sum((folder / name).stat().st_size for name in (TENSORS, RECORD))
