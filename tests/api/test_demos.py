@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from gossamer.data import cached
+from gossamer.demos import timing
 from gossamer.report import headline, load_run, write_report
 
 pytestmark = pytest.mark.assets
@@ -17,7 +20,15 @@ def _run_lines(lines: tuple[str, ...]) -> None:
         exec(line, scope)
 
 
-def test_the_main_demo_measures_every_stage(tmp_path, capsys) -> None:
+@pytest.fixture
+def quick(monkeypatch):
+    """One thread, two dense engines: each further worker costs seconds to start and shows nothing new."""
+    monkeypatch.setattr(timing, "THREADS", (1,))
+    few = partial(timing.measure_engines, include=["torch", "onnxruntime"])
+    monkeypatch.setattr(timing, "measure_engines", few)
+
+
+def test_the_main_demo_measures_every_stage(tmp_path, capsys, quick) -> None:
     pytest.importorskip("onnxruntime")
     from gossamer.demos.minilm import PROBE, ROWS, Plan, run
 
@@ -33,7 +44,7 @@ def test_the_main_demo_measures_every_stage(tmp_path, capsys) -> None:
     assert most.bytes_disk < half.bytes_disk < dense.bytes_disk
     ran = {(r.setting, r.engine) for r in made.engines}
     assert {("dense", "torch"), ("dense", "onnxruntime"), ("half", "gossamer"), ("most", "gossamer")} <= ran
-    assert {r.threads for r in made.engines} == {1, 2}
+    assert all(r.latency_ms > 0 and r.throughput > 0 for r in made.engines)
     assert any(r.format == "rowgrouped" for r in made.layers if r.setting == "most")
     assert any("recovering: most" in s for s in stages)
     page = write_report(made, tmp_path / "report.html")
@@ -42,7 +53,7 @@ def test_the_main_demo_measures_every_stage(tmp_path, capsys) -> None:
     assert "tensor" in capsys.readouterr().out
 
 
-def test_the_language_model_demo_measures_every_stage(tmp_path, capsys) -> None:
+def test_the_language_model_demo_measures_every_stage(tmp_path, capsys, quick) -> None:
     if not (cached("smollm2-135m") and cached("wikitext2")):
         pytest.skip("needs smollm2-135m and wikitext2 (178 MB): gossamer assets fetch smollm2-135m wikitext2")
     from gossamer.demos.llm import PPL, Size, run
