@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -16,17 +14,13 @@ from torch import Tensor, nn
 from ..attach.calibrate import Arrival, Batch, Collector, stream, without_statistics
 from ..attach.journal import Journal, digest
 from ..attach.targets import Found, Target, find
-from ..core.allocation import allocation as allocation_rule
-from ..core.budget import Density
-from ..core.errors import BudgetError, CalibrationError, PatternError, TargetError
-from ..core.files import whole_file
+from ..core.errors import CalibrationError, PatternError, TargetError
 from ..core.policy import OneShot
 from ..core.registry import get_method
-from ..core.schedule import at
 from ..core.select import select_across
 from ..core.sparsifier import Sparsifier, require_finite
 from ..score import salt
-from .sensitivity import allocate_by_sensitivity
+from .allocate import allocate
 
 Progress = Callable[[str, int, int], None]
 
@@ -132,7 +126,7 @@ def prune(
         raise TargetError("offload keeps weights on disk and needs to know where; pass workdir=")
     if offload and any(t.weight(model).device.type != "cpu" for t in found.targets):
         raise TargetError("offload maps weights from files, which only a model on the CPU can use; call model.cpu()")
-    per_layer = _allocate(model, found, sparsifier, allocation, data, progress, workdir)
+    per_layer = allocate(model, found.targets, sparsifier, allocation, data=data, progress=progress, workdir=workdir)
     run_of = {"options": {k: repr(v) for k, v in sorted(options.items())}, "data": _data_digest(data)}
     journal = Journal(workdir, _identity(model, found, sparsifier, per_layer) | run_of) if workdir is not None else None
     run = _Run(model, found.targets, per_layer, journal, offload, progress)
@@ -207,57 +201,6 @@ def _check_fit(model: nn.Module, found: Found, sparsifier: Sparsifier) -> None:
         )
 
 
-def _allocate(
-    model: nn.Module,
-    found: Found,
-    sparsifier: Sparsifier,
-    allocation: str | dict[str, float],
-    data: list[Batch] | None,
-    progress: Progress | None,
-    workdir: str | Path | None,
-) -> dict[str, Sparsifier]:
-    if allocation == "uniform":
-        return {t.name: sparsifier for t in found.targets}
-    if sparsifier.scope == "model":
-        raise TargetError(
-            f"{sparsifier.name!r} lets all layers compete in one pool, which sets their densities; "
-            "use allocation='uniform'"
-        )
-    if allocation == "global":
-        raise TargetError("allocation 'global' is one pool over all layers: use method 'global_magnitude'")
-    if not isinstance(sparsifier.budget, Density):
-        raise BudgetError(
-            f"allocation {allocation!r} spreads a density over layers, but pattern {str(sparsifier.pattern)!r} "
-            "fixes it; use allocation='uniform'"
-        )
-    if allocation == "sensitivity":
-        if data is None:
-            raise CalibrationError(
-                "allocation 'sensitivity' measures layers on inputs; pass data= (calibration batches)"
-            )
-        density = at(sparsifier.budget.d, 0)
-        measure = partial(
-            allocate_by_sensitivity, model, sparsifier, found.targets, data, density=density, progress=progress
-        )
-        chosen = measure() if workdir is None else _kept_aside(Path(workdir) / "allocation.json", measure)
-    elif isinstance(allocation, dict):
-        chosen = _named(found, allocation)
-    else:
-        shapes = {t.name: tuple(t.weight(model).shape) for t in found.targets}
-        chosen = allocation_rule(allocation)(shapes, at(sparsifier.budget.d, 0))
-    return {name: sparsifier.at_density(d) for name, d in chosen.items()}
-
-
-def _kept_aside(file: Path, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """What was measured before a kill counts when the run goes on: measured again, the last bits would differ."""
-    if file.exists():
-        return json.loads(file.read_text())
-    chosen = measure()
-    with whole_file(file) as draft:
-        draft.write_text(json.dumps(chosen))
-    return chosen
-
-
 def _data_digest(data: Sequence[Batch] | None) -> str:
     """One checksum over all tensors of all batches, in order."""
     total = hashlib.sha256()
@@ -268,13 +211,6 @@ def _data_digest(data: Sequence[Batch] | None) -> str:
         for part in parts:
             total.update(digest(part).encode() if isinstance(part, Tensor) else repr(part).encode())
     return total.hexdigest()
-
-
-def _named(found: Found, allocation: dict[str, float]) -> dict[str, float]:
-    missing = [t.name for t in found.targets if t.name not in allocation]
-    if missing:
-        raise TargetError(f"allocation= names no density for {', '.join(missing[:5])}; give one, or skip= the layer")
-    return {t.name: allocation[t.name] for t in found.targets}
 
 
 def _identity(
