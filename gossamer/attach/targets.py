@@ -66,10 +66,6 @@ def find(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] =
     Raises:
         TargetError: a pattern matches no prunable layer (near names listed), nothing is left, or masks are attached.
     """
-    if any(parametrize.is_parametrized(m) for m in model.modules()):
-        raise TargetError(
-            f"this {type(model).__name__} still carries masks or other parametrizations; call handle.remove() first"
-        )
     layers = dict(_prunable(model))
     if not layers:
         raise TargetError(f"{type(model).__name__} has no linear or convolution layer; nothing here can be pruned")
@@ -83,7 +79,8 @@ def find(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] =
         if reason:
             skipped.append((name, reason))
         else:
-            seen[id(module.weight)] = name
+            _refuse_masked(name, module)
+            seen[id(_parameter(module))] = name
             kept.append(Target(name, transposed=_is_conv1d(module)))
     if not kept:
         raise TargetError(f"every layer is left out: {'; '.join(f'{n}: {r}' for n, r in skipped[:5])}")
@@ -97,11 +94,22 @@ def _refusal(
         return "excluded by name"
     if include and not any(_match(spec, name) for spec in include):
         return "not among the named targets"
-    if not include and id(module.weight) in head:
+    if not include and id(_parameter(module)) in head:
         return "output head or tied to an embedding; name it to include it"
-    if id(module.weight) in seen:
-        return f"tied with {seen[id(module.weight)]}, which is pruned once for both"
+    if id(_parameter(module)) in seen:
+        return f"tied with {seen[id(_parameter(module))]}, which is pruned once for both"
     return None
+
+
+def _refuse_masked(name: str, module: nn.Module) -> None:
+    if parametrize.is_parametrized(module, "weight"):
+        raise TargetError(f"layer {name!r} still carries a mask or another parametrization; call handle.remove() first")
+
+
+def _parameter(module: nn.Module) -> Tensor:
+    """The weight's own Parameter: a parametrized `weight` is a new tensor at every look."""
+    masked = parametrize.is_parametrized(module, "weight")
+    return module.parametrizations.weight.original if masked else module.weight
 
 
 def _prunable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

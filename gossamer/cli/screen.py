@@ -32,7 +32,8 @@ def emit(as_json: bool, record: object, *drawn: RenderableType) -> None:
         typer.echo(json.dumps(record, indent=1, default=str))
         return
     for part in drawn:
-        out().print(part)
+        # Lines are for copying: folded, they would not run.
+        out().print(part, soft_wrap=isinstance(part, str))
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class Plan:
 ROWS = "([o] {4}) [i]"
 RECOVER_LR = 5e-3
 # Exporting to the dense engines and starting every worker.
-START_SECONDS = 60.0
+START_SECONDS = 85.0
 PLANS = (
     Plan("rows by 4, 50 % zeros", ROWS, 0.5),
     Plan("rows by 4, 70 % zeros, recovered", ROWS, 0.3, steps=400),

@@ -114,6 +114,15 @@ def test_a_refused_attach_leaves_no_mask_behind() -> None:
     assert set(model.state_dict()) == {"0.weight", "0.bias", "1.weight", "1.bias"}
 
 
+def test_layers_of_one_model_may_have_handles_of_their_own_but_only_one_each() -> None:
+    model = net()
+    first = gossamer.attach(model, "magnitude", density=0.5, targets=["0"])
+    second = gossamer.attach(model, "magnitude", density=0.25, targets=["2"])
+    assert (first.density, second.density) == (0.5, 0.25)
+    with pytest.raises(TargetError, match=r"layer '0' still carries.*handle\.remove"):
+        gossamer.attach(model, "magnitude", density=0.5)
+
+
 def test_what_attach_would_ignore_is_refused() -> None:
     sparsifier = gossamer.get_method("magnitude")(density=0.5)
     with pytest.raises(TargetError, match="density would be ignored"):
