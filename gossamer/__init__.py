@@ -1,9 +1,9 @@
 """gossamer makes neural networks sparse, and makes it pay: in size, memory and seconds, at a quality you can see.
 
-    report = gossamer.prune(model, "wanda", density=0.5, pattern="2:4", data=batches)
-    packed = gossamer.pack(model, example)
-    gossamer.save(packed, "folder")
-    model = gossamer.load("folder")
+report = gossamer.prune(model, "wanda", density=0.5, pattern="2:4", data=batches)
+packed = gossamer.pack(model, example)
+gossamer.save(packed, "folder")
+model = gossamer.load("folder")
 """
 
 from __future__ import annotations
