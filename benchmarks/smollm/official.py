@@ -8,6 +8,7 @@ is the official threshold; Wanda sorts each row and cuts the lowest int(columns 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from torch import Tensor, nn
 
@@ -63,10 +64,8 @@ def _catch(model: nn.Module, windows: Tensor) -> tuple[list[Tensor], dict[str, o
 
     hook = model.model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
     for ids in windows:
-        try:
+        with suppress(_Caught):  # the first block's arguments are all that is wanted
             model(input_ids=ids[None], use_cache=False)
-        except _Caught:
-            continue
     hook.remove()
     return caught, kwargs
 

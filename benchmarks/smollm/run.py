@@ -30,7 +30,7 @@ METHODS = {
     "sparsegpt, official procedure": "sparsegpt",
     "wanda 2:4": dict(method="wanda", pattern="2:4"),
     "sparsegpt 2:4": dict(method="sparsegpt", pattern="2:4"),
-    "sparsegpt 4-row": dict(method="sparsegpt", density=0.5, pattern="([o] {4}) [i]"),
+    "sparsegpt, rows by 4": dict(method="sparsegpt", density=0.5, pattern="([o] {4}) [i]"),
     "wanda, weights on disk": dict(method="wanda", density=0.5, offload=True),
     "sparsegpt, weights on disk": dict(method="sparsegpt", density=0.5, offload=True),
 }

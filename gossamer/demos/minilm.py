@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..core.errors import need
 from ..data import embed, encode_batches, fetch, load_model, load_tokenizer, movie_reviews
 from ..deploy import pack, report_of, save
+from ..deploy.tensors import memory_bytes
 from ..recipes.prune import prune
 from ..recipes.recover import recover
 from ..report.machine import hardware, versions
@@ -99,8 +100,7 @@ def run(
     with stage("measuring all engines"):
         packed = {m.setting.name: m.model for m in made}
         rows, missing = encoder_rows(dense, packed, example, seconds=left, progress=stage.inner)
-    dense_memory = sum(t.numel() * t.element_size() for t in (*dense.parameters(), *dense.buffers()))
-    settings = [Setting("dense", {PROBE: task.accuracy(want)}, PROBE, None, dense_bytes, dense_memory, 1.0, 0.0)]
+    settings = [Setting("dense", {PROBE: task.accuracy(want)}, PROBE, None, dense_bytes, memory_bytes(dense), 1.0, 0.0)]
     return Run(
         title="all-MiniLM-L6-v2 on Rotten Tomatoes reviews",
         hardware=hardware(),

@@ -169,11 +169,16 @@ def _by_engine(run: Run, pen: Ink, label: str, x_of: Callable[[EngineRow], float
         points = []
         for row in (r for r in run.engines if (r.unit, r.threads) == (unit, threads)):
             setting, marker = run.setting(row.setting), MARKERS[engines.index(row.engine) % len(MARKERS)]
-            text = row.engine if setting.is_dense else _label_of(run, row)
+            text = _starred(row) if setting.is_dense else _label_of(run, row)
             points.append(Point(x_of(row), setting.score, text, colours[setting.name], marker, setting.is_dense))
         _scatter(axes, points, label.format(unit=unit), run.dense, pen)
         axes.set_title(f"{threads} thread{'s' if threads > 1 else ''}" + (f", {unit}" if len(groups) > 2 else ""))
     return drawn
+
+
+def _starred(row: EngineRow) -> str:
+    """A dense engine that rounds further than fp32 is starred: its quality was not measured."""
+    return row.engine if row.precision == "fp32" else f"{row.engine}*"
 
 
 def _label_of(run: Run, row: EngineRow) -> str:

@@ -15,7 +15,11 @@ _HERE = Path(__file__).parent
 
 CAPTIONS = {
     "size": ("Quality and size", "Up and to the left is better. The dashed line is the dense model."),
-    "speed": ("Quality and throughput", "Up and to the right is better. Hollow marks: the dense model in each engine."),
+    "speed": (
+        "Quality and throughput",
+        "Up and to the right is better. Hollow marks: the dense model in each engine; * rounds further than fp32, "
+        "its quality was not measured and is drawn at the fp32 model's.",
+    ),
     "layers": ("What was kept in each layer, and how it is stored", "Bars: weights kept. Colour: format and kernel."),
     "layer_ms": ("What each layer costs", "Lower is better. Where the best dense product wins, dense is what runs."),
 }
