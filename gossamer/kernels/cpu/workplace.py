@@ -7,7 +7,7 @@ import threading
 
 import torch
 
-_FIELDS = 48
+_FIELDS = 64
 
 
 class _Workplace(threading.local):
