@@ -25,12 +25,14 @@ def write_results(
     heads: Sequence[str],
     rows: Sequence[Sequence[str]],
     notes: Sequence[str] = (),
+    *,
+    folder: Path = FOLDER,
 ) -> Path:
-    """Write results/NAME-MACHINE.{json,md} and return the Markdown's path."""
+    """Write FOLDER/NAME-MACHINE.{json,md} and return the Markdown's path."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     machine, libraries = hardware(), versions(("torch", "numba", "transformers", "onnxruntime", "openvino", "scipy"))
     full = {"benchmark": name, "measured": now, "hardware": machine, "versions": libraries, **record}
-    stem = FOLDER / f"{name}-{slug()}"
+    stem = folder / f"{name}-{slug()}"
     with whole_file(stem.with_suffix(".json")) as draft:
         draft.write_text(json.dumps(full, indent=1) + "\n")
     where = "; ".join(f"{k} {v}" for k, v in {**machine, **libraries}.items())

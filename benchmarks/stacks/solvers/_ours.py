@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.spmm.stacks import Layer, Stack
+from benchmarks.stacks.stacks import Layer, Stack
 from gossamer.kernels.cpu.conv import spmm_conv
 from gossamer.kernels.cpu.spmm import empty_panels, spmm, spmm_columns
 from gossamer.kernels.cpu.stream import Stream, stream

@@ -4,7 +4,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 
 def onnx_bytes(stack) -> bytes:
-    """Serialise Conv or Gemm nodes, each followed by its Relu."""
+    """Serialise Conv or Gemm nodes, each followed by its Relu; a version that the oldest engine here reads."""
     nodes, weights, last = [], [], "x"
     for i, layer in enumerate(stack.layers):
         w = layer.w_MCHW if layer.kernel else layer.w_MK
@@ -21,5 +21,5 @@ def onnx_bytes(stack) -> bytes:
     shape_in, shape_out = list(stack.x.shape), list(stack.x.shape)
     ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", shape_in), (last, shape_out))]
     graph = helper.make_graph(nodes, stack.name, ends[:1], ends[1:], weights)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     return model.SerializeToString()

@@ -1,8 +1,12 @@
 """Our product over unstructured zeros: rows by themselves, columns in blocks for the first-level cache."""
 
-from benchmarks.spmm.solvers import ours
+from benchmarks.stacks.solvers import _ours as ours
 
-TIED, SPARSE = 1, True
+SPARSE = True
+
+
+def runs(case):
+    return case.labels["pattern"] == "unstructured"
 
 
 def prepare(stack, threads):

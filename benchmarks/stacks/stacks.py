@@ -72,7 +72,7 @@ def stack(name: str, zeros: float, rows_tied: int) -> Stack:
     return Stack(name, layers, torch.randn(*x_shape, generator=draw))
 
 
-def exact(stack: Stack) -> Tensor:
+def exact_output(stack: Stack) -> Tensor:
     """The stack's output in float64."""
     x = stack.x.double()
     for layer in stack.layers:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.nn.functional import unfold
 
-TIED, SPARSE = 1, True
+SPARSE = True
 
 
 def prepare(stack, threads):

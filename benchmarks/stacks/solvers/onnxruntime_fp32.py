@@ -2,9 +2,9 @@
 
 import torch
 
-from benchmarks.spmm.solvers.graph import onnx_bytes
+from benchmarks.stacks.solvers._graph import onnx_bytes
 
-TIED, SPARSE = 1, False
+SPARSE = False
 
 
 def prepare(stack, threads):

@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import unfold
 
-TIED, SPARSE = 1, True
+SPARSE = True
 
 
 def prepare(stack, threads):

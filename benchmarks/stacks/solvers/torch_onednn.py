@@ -2,7 +2,7 @@
 
 import torch
 
-TIED, SPARSE = 1, False
+SPARSE = False
 
 
 def prepare(stack, threads):

@@ -1,9 +1,12 @@
 """Groups of four rows, with hidden activations left in panels between layers (not for 3x3 convolutions)."""
 
-from benchmarks.spmm.solvers import ours
+from benchmarks.stacks.solvers import _ours as ours
 
-TIED, SPARSE = 4, True
-STACKS = ("conv1x1", "mlp")
+SPARSE = True
+
+
+def runs(case):
+    return case.labels["pattern"] == "rows by 4" and case.labels["stack"] != "conv3x3"
 
 
 def prepare(stack, threads):
