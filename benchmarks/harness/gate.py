@@ -28,6 +28,10 @@ def _one(output: np.ndarray, truth: np.ndarray) -> float:
     return float(np.abs(output - truth).max(initial=0.0)) / largest
 
 
+class ExportFailed(RuntimeError):
+    """A case has no files for the solvers that read files; says why."""
+
+
 @dataclass(frozen=True)
 class Truths:
     """Exact outputs and exported files, made once per case in `folder` by the main environment.
@@ -52,7 +56,11 @@ class Truths:
         data = module.build(case)
         save(module.exact(case, data), str(place / "truth.npz"))
         if exported:
-            module.export(case, data, place)
+            try:
+                module.export(case, data, place)
+            except Exception as error:  # exporters run a compiler over foreign code and may fail in any way
+                first = (str(error).splitlines() or [""])[0]
+                raise ExportFailed(f"{case.id} cannot be exported: {type(error).__name__}: {first}") from error
             (place / "exported").touch()
 
     def error(self, case: Case, output: Path) -> float:

@@ -35,8 +35,8 @@ class Partial:
     @classmethod
     def of(cls, problem: str, settings: dict) -> Partial:
         """The file of a problem on this machine."""
-        place = cache_root() / "benchmarks" / f"{problem}-{slug()}.partial.json"
-        return cls(place, settings | {"source": fingerprint()})
+        name = f"{problem}-{slug()}-{sha256(json.dumps(settings).encode()).hexdigest()[:8]}.partial.json"
+        return cls(cache_root() / "benchmarks" / name, settings | {"source": fingerprint()})
 
     def read(self) -> dict[str, list[Outcome]]:
         """Finished blocks by name and threads; empty where there are none, or they are of other settings or sources."""

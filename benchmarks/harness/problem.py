@@ -20,6 +20,7 @@ class Solver:
     name: str
     sparse: bool
     environment: str
+    reads_files: bool
     runs: Callable[[Case], bool]
     why_not: Callable[[], str | None]
 
@@ -103,7 +104,8 @@ def _solver(package: str, name: str) -> Solver:
     return Solver(
         name=name,
         sparse=module.SPARSE,
-        environment=getattr(module, "ENVIRONMENT", "main"),
+        environment=(where := getattr(module, "ENVIRONMENT", "main")),
+        reads_files=where != "main" or getattr(module, "READS_FILES", False),
         runs=getattr(module, "runs", lambda case: True),
         why_not=getattr(module, "why_not", lambda: None),
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from .contract import Case
 from .conventions import Effort
 from .environments import EnvironmentFailed, python_of
-from .gate import Truths
+from .gate import ExportFailed, Truths
 from .outcome import Outcome
 from .peer import Peer
 from .problem import Problem, Solver
@@ -94,13 +94,18 @@ class Rounds:
 
     def _visit(self, solver: Solver, case: Case, number: int, outcome: Outcome, peer: Peer | None) -> None:
         if outcome.why_not is None and peer is not None:
-            checked = number in (0, self.effort.rounds - 1)
-            files = self.truths.files(case, exported=solver.environment != "main")
-            written = files / f"{solver.name}.npz"
-            request = {"case": case.id, "seconds": self.effort.seconds, "files": str(files)}
-            outcome.take(peer.ask(request | ({"output": str(written)} if checked else {})))
-            self._judge(case, outcome, written)
+            try:
+                self._ask(case, number, outcome, peer, self.truths.files(case, exported=solver.reads_files))
+            except ExportFailed as error:
+                outcome.why_not = str(error)
         self.tick(f"{outcome.threads} threads: {case.id}: {solver.name}")
+
+    def _ask(self, case: Case, number: int, outcome: Outcome, peer: Peer, files: Path) -> None:
+        written = files / f"{outcome.solver}.npz"
+        request = {"case": case.id, "seconds": self.effort.seconds, "files": str(files)}
+        checked = number in (0, self.effort.rounds - 1)
+        outcome.take(peer.ask(request | ({"output": str(written)} if checked else {})))
+        self._judge(case, outcome, written)
 
     def _judge(self, case: Case, outcome: Outcome, written: Path) -> None:
         if written.exists():

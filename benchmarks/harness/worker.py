@@ -54,8 +54,8 @@ class Worker:
         return self.ready[case]
 
     def data(self, case: str, files: str) -> object:
-        """In the main environment what `build` returns, elsewhere the folder that `export` wrote."""
-        if getattr(self.solver, "ENVIRONMENT", "main") != "main":
+        """What `build` returns; for solvers that read files the folder that `export` wrote."""
+        if getattr(self.solver, "READS_FILES", False) or getattr(self.solver, "ENVIRONMENT", "main") != "main":
             return Path(files)
         problem = import_module(f"{self.package}.problem")
         return problem.build(next(c for c in problem.CASES if c.id == case))

@@ -43,5 +43,6 @@ def work(case, data):
 
 
 def export(case, data, folder):
-    np.save(folder / "x.npy", data.x.numpy())
-    (folder / "model.onnx").write_bytes(onnx_bytes(data))
+    np.savez(folder / "inputs.npz", x=data.x.numpy())
+    for name in ("model.onnx", "model-old.onnx"):
+        (folder / name).write_bytes(onnx_bytes(data))

@@ -1,12 +1,9 @@
-"""DeepSparse 1.8.0: the whole stack as one graph, compiled for a fixed batch and number of cores."""
+"""DeepSparse 1.8.0 in float32: the whole stack as one graph."""
+
+from benchmarks.engines import deepsparse
 
 SPARSE, ENVIRONMENT = True, "deepsparse"
 
 
 def prepare(files, threads):
-    import numpy as np
-    from deepsparse import Engine
-
-    x = np.load(files / "x.npy")
-    engine = Engine(str(files / "model.onnx"), batch_size=x.shape[0], num_cores=threads)
-    return lambda: engine.run([x])[0]
+    return deepsparse.prepare(files, threads)

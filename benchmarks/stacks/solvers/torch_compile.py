@@ -1,22 +1,13 @@
-"""torch.compile with its own defaults and frozen weights; needs a C++ compiler."""
-
-import shutil
+"""torch.compile with frozen weights; needs a C++ compiler."""
 
 import torch
 
-SPARSE = False
+from benchmarks.engines import torch_compile
+from benchmarks.stacks.solvers.torch_eager import layers_of
 
-
-def why_not():
-    return (
-        None if shutil.which("g++") or shutil.which("clang++") else "torch.compile needs a C++ compiler; none is here"
-    )
+SPARSE, why_not = False, torch_compile.why_not
 
 
 def prepare(stack, threads):
-    from benchmarks.stacks.solvers.torch_eager import layers_of
-
-    torch.set_num_threads(threads)
-    torch._inductor.config.freezing = True
-    compiled, x = torch.compile(layers_of(stack)), stack.x
-    return torch.inference_mode()(lambda: compiled(x))
+    network, x = torch_compile.compiled(layers_of(stack), threads), stack.x
+    return torch.inference_mode()(lambda: network(x))

@@ -1,0 +1,13 @@
+"""gossamer.pack: sparse layers in our kernels, one by one, everything else in torch."""
+
+SPARSE = True
+
+
+def prepare(network, threads):
+    import torch
+
+    import gossamer
+
+    torch.set_num_threads(threads)
+    packed = gossamer.pack(network.model, network.example)
+    return lambda: network.output(packed)
