@@ -71,7 +71,9 @@ def one_round(at_end):
     from gossamer.kernels.cpu import target
     from gossamer.kernels.cpu.conv import spmm_conv
     from gossamer.kernels.cpu.decode import bitmask_matvec
+    from gossamer.kernels.cpu.depthwise import depthwise
     from gossamer.kernels.cpu.spmm import spmm, spmm_columns
+    from gossamer.kernels.cpu.window import Window
 
     g, rows, tokens = random.choice((1, 2, 4, 8)), random.randint(1, 150), random.choice((1, 2, 5, 16, 31, 70, 200))
     channels, kernel = random.randint(1, 9), (random.choice((1, 3)), random.choice((1, 3, 5)))
@@ -84,6 +86,11 @@ def one_round(at_end):
     image, padding = guarded(torch.randn(2, channels, 9, random.randint(5, 40)), at_end), (1, 2)
     exact = conv2d(image, w.reshape(rows, channels, *kernel), bias, padding=padding)
     spmm_conv(weight, image, kernel, padding, bias, out=guarded(torch.empty_like(exact), at_end))
+    window = Window((kernel[1], kernel[1]), (random.choice((1, 2)),) * 2, (kernel[1] // 2,) * 4)
+    pixels = guarded(torch.randn(2, channels, 9, random.choice((7, 14, 17, 32))), at_end)
+    each = guarded(torch.randn(channels, *window.kernel), at_end)
+    room = guarded(torch.empty(2, channels, *window.output(*pixels.shape[-2:])), at_end)
+    depthwise(each, pixels, window, guarded(bias[:1].repeat(channels), at_end), "silu", guarded(room, at_end), room)
     if target.supports("bitmask") is None:
         stored = Bitmask.from_dense(w)
         parts = [guarded(part, at_end) for part in (stored.bits, stored.offsets, stored.values)]

@@ -1,0 +1,67 @@
+"""What the planners of image planes share: launches that keep their weights alive, bounds, and fair shares of work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gossamer.kernels.cpu.launch import Launch, launch
+from gossamer.kernels.cpu.threads import Entry
+
+# Multiply-adds that pay for waking one more thread: about ten microseconds of work.
+GRAIN = 500_000
+
+_BOUNDS: dict[float, Tensor] = {}
+
+
+@dataclass(frozen=True)
+class KeptLaunch(Launch):
+    """A launch whose fixed numbers hold addresses of these tensors.
+
+    Args:
+        keeps: tensors that must live as long as the launch.
+    """
+
+    keeps: tuple[Tensor, ...] = ()
+
+
+def kept_launch(
+    entry: Entry,
+    *,
+    addresses: int,
+    fixed: tuple[int, ...],
+    threads: int,
+    scratch_bytes: int = 0,
+    keeps: tuple[Tensor, ...] = (),
+) -> KeptLaunch:
+    """`launch`, with the tensors whose addresses are among the fixed numbers."""
+    made = launch(entry, addresses=addresses, fixed=fixed, threads=threads, scratch_bytes=scratch_bytes)
+    return KeptLaunch(made.entry, made.threads, made.scratch_bytes, made.block, made.fixed, keeps)
+
+
+def _address(number: float) -> int:
+    """Where a constant lies that kernels read by address."""
+    if number not in _BOUNDS:
+        _BOUNDS[number] = torch.full((16,), number, dtype=torch.float32, device="cpu")
+    return _BOUNDS[number].data_ptr()
+
+
+def zeros_at() -> int:
+    """Address of sixteen zeros, for a missing bias."""
+    return _address(0.0)
+
+
+def bounds_of(activation: str) -> tuple[int, int, int]:
+    """What a kernel applies in place afterwards, and the addresses of its bounds; UnknownName for another name."""
+    from gossamer.kernels.cpu.conv_lanes import finish_of
+
+    code, low, high = finish_of(activation)
+    return code, _address(low), _address(high)
+
+
+def shares(units: int, each: int, threads: int) -> tuple[int, int]:
+    """Threads that `units` pieces of `each` multiply-adds pay for, and into how many tasks to cut them."""
+    threads = max(1, min(threads, units, units * each // GRAIN))
+    return threads, min(units, 1 if threads == 1 else 4 * threads)

@@ -1,0 +1,151 @@
+"""Depthwise convolutions on image planes: every channel by its own small dense kernel.
+
+Shapes: N images, C channels, H and W height and width, S floats from plane to plane.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gossamer.core.errors import FormatError
+from gossamer.kernels.cpu.checks import need_bias, need_floats, output
+from gossamer.kernels.cpu.conv_plan import KeptLaunch, bounds_of, kept_launch, shares, zeros_at
+from gossamer.kernels.cpu.planes import plane_stride
+from gossamer.kernels.cpu.window import Window
+
+# Which vector code: down the lines with stride 1 or 2, or any window tap by tap.
+WALK, STRIDE, SLIDE = range(3)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """The vector code for a window on an image: what is compiled in."""
+
+    how: int
+    kernel: int  # for `slide` whether columns follow each other
+    left: int
+    right: int
+    narrow: int
+    adding: int
+
+
+def _way(window: Window, out_wide: int, adding: bool) -> _Way:
+    """`walk` or `stride` where the window allows it, `slide` otherwise."""
+    from gossamer.kernels.cpu.target import lanes
+
+    (kh, kw), (top, left, bottom, right) = window.kernel, window.padding
+    plain = kh == kw and kw in (3, 5) and window.dilation == (1, 1) and max(top, left, bottom, right) < kh
+    # A last vector that begins (or a first one that ends) within the padding's reach of the edge needs more masks.
+    narrow, rest = out_wide < lanes(), out_wide % lanes()
+    if plain and window.stride in ((1, 1), (2, 2)) and (narrow or rest == 0 or rest >= max(left, right)):
+        return _Way(WALK if window.stride == (1, 1) else STRIDE, kw, left, right, int(narrow), int(adding))
+    return _Way(SLIDE, int(window.stride[1] == 1), 0, 0, 0, int(adding))
+
+
+def plan_depthwise(
+    weight_CHW: Tensor,
+    images: int,
+    high: int,
+    wide: int,
+    window: Window,
+    *,
+    activation: str = "none",
+    residual: bool = False,
+    threads: int = 1,
+    strides: tuple[int, int] | None = None,
+) -> KeptLaunch:
+    """Lay out act(depthwise(x) + bias + residual) on image planes; run it with addresses x, y, bias, residual.
+
+    Args:
+        weight_CHW: float32 [C, kernel height, kernel width]; copied.
+        images: N.
+        high, wide: H and W of x.
+        window: stride, padding and dilation; its kernel is the weight's.
+        activation: "none", "relu", "relu6", "silu", "hard_swish", "gelu" or "gelu_tanh".
+        residual: whether the fourth address brings planes to add, of the size of y but not y itself; bias may be 0.
+        threads: how many may work.
+        strides: floats from plane to plane of x and of y (and the residual); `plane_stride` of their pixels if None.
+
+    Raises:
+        FormatError: the weight does not fit the window, or the window the image.
+        UnknownName: no such activation.
+
+    Example:
+        >>> launch = plan_depthwise(weight, 1, 56, 56, Window((3, 3), padding=(1, 1, 1, 1)), activation="relu6")
+        >>> launch.run(x.data_ptr(), y.data_ptr(), bias.data_ptr(), 0)
+    """
+    if weight_CHW.dim() != 3 or tuple(weight_CHW.shape[1:]) != window.kernel:
+        raise FormatError(f"the weight must be [C, {window.kernel}], got {tuple(weight_CHW.shape)}")
+    (out_high, out_wide), channels = window.output(high, wide), weight_CHW.shape[0]
+    x_plane, y_plane = strides or (plane_stride(high * wide), plane_stride(out_high * out_wide))
+    weight = weight_CHW.detach().to(torch.float32).contiguous().clone()
+    code, low_at, high_at = bounds_of(activation)
+    planes = images * channels
+    threads, tasks = shares(planes, window.taps * out_high * out_wide, threads)
+    nothing = torch.zeros(wide, dtype=torch.float32, device="cpu")
+    fixed = (
+        tasks, planes, channels, weight.data_ptr(), window.taps, 4 * x_plane, 4 * y_plane,
+        high, wide, out_high, out_wide, *window.kernel, *window.stride, *window.dilation, *window.padding[:2],
+        code, low_at, high_at, zeros_at(), nothing.data_ptr(),
+    )  # fmt: skip
+    entry = _kernel(_way(window, out_wide, residual))
+    return kept_launch(entry, addresses=4, fixed=fixed, threads=threads, keeps=(weight, nothing))
+
+
+@functools.cache
+def _kernel(way: _Way):
+    from gossamer.kernels.cpu.depthwise_kernel import slide_kernel, walk_kernel
+
+    if way.how == SLIDE:
+        return slide_kernel(way.kernel, way.adding)
+    return walk_kernel(1 + (way.how == STRIDE), way.kernel, way.left, way.right, way.narrow, way.adding)
+
+
+def depthwise(
+    weight_CHW: Tensor,
+    x_NCHW: Tensor,
+    window: Window,
+    bias_C: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Convolve every channel of ordinary images by its own kernel: act(depthwise(x) + bias + residual).
+
+    Args:
+        weight_CHW: float32 [C, kernel height, kernel width].
+        x_NCHW: float32 [C, H, W] or [N, C, H, W], contiguous.
+        window: kernel, stride, padding, dilation.
+        bias_C: float32 [C].
+        activation: as in `plan_depthwise`.
+        residual: added before the activation, in the shape of the result; not `out` itself.
+        out: where to write; made when None.
+
+    Raises:
+        FormatError: a shape, dtype or layout does not fit.
+        UnknownName: no such activation.
+
+    Example:
+        >>> y = depthwise(torch.randn(8, 3, 3), torch.randn(8, 20, 20), Window((3, 3), padding=(1, 1, 1, 1)))
+    """
+    channels, (high, wide) = weight_CHW.shape[0], x_NCHW.shape[-2:]
+    fits = x_NCHW.dim() in (3, 4) and x_NCHW.shape[-3] == channels
+    need_floats("x", x_NCHW, f"[..., {channels}, H, W]", fits)
+    need_bias(channels, bias_C)
+    out_high, out_wide = window.output(high, wide)
+    out = output(out, (*x_NCHW.shape[:-2], out_high, out_wide))
+    if residual is not None:
+        need_floats("residual", residual, str(list(out.shape)), residual.shape == out.shape)
+    if out.numel():
+        images = x_NCHW.shape[0] if x_NCHW.dim() == 4 else 1
+        plan = plan_depthwise(
+            weight_CHW, images, high, wide, window, activation=activation, residual=residual is not None,
+            threads=torch.get_num_threads(), strides=(high * wide, out_high * out_wide),
+        )  # fmt: skip
+        others = (0 if t is None else t.data_ptr() for t in (bias_C, residual))
+        plan.run(x_NCHW.data_ptr(), out.data_ptr(), *others)
+    return out
