@@ -19,7 +19,11 @@ from .core import Pattern, Sparsifier, Support, get_method, method, pattern, sel
 __version__ = "0.1.0"
 
 # The rest loads on first use, so that `import gossamer` costs next to nothing beyond torch.
-_HOME = {"prune": "recipes.prune", **dict.fromkeys(("load", "pack", "report_of", "save", "unpack"), "deploy")}
+_HOME = {
+    "prune": "recipes.prune",
+    **dict.fromkeys(("load", "pack", "report_of", "save", "unpack"), "deploy"),
+    **dict.fromkeys(("spgemm", "spgemm_plan"), "kernels.spgemm"),
+}
 
 __all__ = [
     "Pattern",
@@ -36,6 +40,8 @@ __all__ = [
     "report_of",
     "save",
     "select",
+    "spgemm",
+    "spgemm_plan",
     "unpack",
 ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 
-_BASELINE = {"spmm", "spmm_columns", "spmm_conv"}
+_BASELINE = {"spmm", "spmm_columns", "spmm_conv", "spgemm"}
 _EXPANDING = {"bitmask", "bitmask_float32", "bitmask_bfloat16"}
 
 
@@ -53,7 +53,7 @@ def supports(kernel_name: str) -> str | None:
     """Say why a kernel cannot run here; None when it can.
 
     Args:
-        kernel_name: "spmm", "spmm_columns", "spmm_conv", "bitmask", "bitmask_float32" or "bitmask_bfloat16".
+        kernel_name: "spmm", "spmm_columns", "spmm_conv", "spgemm", "bitmask", "bitmask_float32" or "bitmask_bfloat16".
 
     Raises:
         UnknownName: none of these; near names are listed.
