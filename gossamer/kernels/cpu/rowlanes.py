@@ -12,6 +12,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from gossamer.kernels.cpu.lanes import _at, _declare, _lane_mask, _load, _Loop, _n, _splat, _store
+from gossamer.kernels.cpu.target import lanes
 
 # Columns that are harvested together, and that share one mark.
 BLOCK = 16
@@ -35,17 +36,35 @@ def _masked(b, address, kind, suffix: str, mask):
     return b.call(function, [_at(b, address, kind), ir.Constant(_I32, 4), mask, ir.Constant(kind, None)])
 
 
-def _compressed(b, value, suffix: str, mask):
-    """The lanes that the mask sets, moved together to the front."""
-    kind = value.type
-    function = _declare(b, f"llvm.experimental.vector.compress.{suffix}", kind, kind, _MASK, kind)
-    return b.call(function, [value, mask, ir.Constant(kind, ir.Undefined)])
+def _append(b, value, mask, address) -> None:
+    """Store the lanes that the mask sets, moved together; up to fifteen lanes beyond them are written too.
+
+    Only vectors of one register are compressed as such: LLVM splits wider ones through a stack slot that it may
+    misalign. Elsewhere each lane is stored where the next one belongs, without a branch.
+    """
+    kind = value.type.element
+    size = 8 if isinstance(kind, ir.DoubleType) else 4
+    if lanes() < BLOCK:
+        for lane in range(BLOCK):
+            _store(b, b.extract_element(value, ir.Constant(_I32, lane)), address, size)
+            kept = b.zext(b.extract_element(mask, ir.Constant(_I32, lane)), _I64)
+            address = b.add(address, b.mul(kept, _n(size)))
+        return
+    width = 64 // size
+    name = f"llvm.experimental.vector.compress.v{width}{'i' if isinstance(kind, ir.IntType) else 'f'}{8 * size}"
+    for first in range(0, BLOCK, width):
+        numbers = ir.Constant(ir.VectorType(_I32, width), list(range(first, first + width)))
+        part, set_lanes = (b.shuffle_vector(x, x, numbers) for x in (value, mask))
+        function = _declare(b, name, part.type, part.type, set_lanes.type, part.type)
+        _store(b, b.call(function, [part, set_lanes, ir.Constant(part.type, ir.Undefined)]), address, size)
+        address = b.add(address, b.mul(_ones(b, set_lanes, width), _n(size)))
 
 
-def _count(b, mask):
+def _ones(b, mask, width: int):
     """How many lanes of a mask are set."""
-    bits = b.bitcast(mask, _I16)
-    return b.zext(b.call(_declare(b, "llvm.ctpop.i16", _I16, _I16), [bits]), _I64)
+    kind = ir.IntType(width)
+    count = b.call(_declare(b, f"llvm.ctpop.i{width}", kind, kind), [b.bitcast(mask, kind)])
+    return b.zext(count, _I64)
 
 
 @intrinsic
@@ -283,9 +302,9 @@ def _keep_touched(b, size: int, place, numbers, to_columns, to_values):
     _store(b, ir.Constant(kind, [-0.0] * BLOCK), place, size)
     minus_zero = ir.Constant(bits, [1 << (8 * size - 1)] * BLOCK)
     mask = b.icmp_unsigned("!=", b.bitcast(block, bits), minus_zero)
-    _store(b, _compressed(b, numbers, f"v{BLOCK}i32", mask), to_columns, 4)
-    _store(b, _compressed(b, block, _suffix(size), mask), to_values, size)
-    return _count(b, mask)
+    _append(b, numbers, mask, to_columns)
+    _append(b, block, mask, to_values)
+    return _ones(b, mask, BLOCK)
 
 
 @intrinsic(prefer_literal=True)
@@ -397,12 +416,12 @@ def rank_row(typing, size, columns, values, count, to_columns, to_values):
         distinct = b.bitcast(firsts, _MASK)
         loop = _Loop(b, _n(0), count, 1, [])
         column = key(loop.i)
-        place = _count(b, b.and_(b.icmp_signed("<", keys, _splat(b, column, BLOCK)), distinct))
+        place = _ones(b, b.and_(b.icmp_signed("<", keys, _splat(b, column, BLOCK)), distinct), BLOCK)
         value = _load(b, b.add(values, b.mul(loop.i, _n(S))), _float(S), S)
         _store(b, column, b.add(to_columns, b.mul(place, _n(4))), 4)
         target = b.add(to_values, b.mul(place, _n(S)))
         _store(b, b.fadd(_load(b, target, _float(S), S), value), target, S)
         loop.close([])
-        return _count(b, distinct)
+        return _ones(b, distinct, BLOCK)
 
     return _int(size, *[_int] * 5), gen

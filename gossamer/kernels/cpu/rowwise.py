@@ -103,8 +103,11 @@ def kernel(size: int, making: int) -> Entry:
     def spgemm_kernel(pointer):
         args = address_of(pointer)
         scratch = get(args + MEMORY) + take(args + SLOT) * get(args + BYTES)
-        tasks, bounds, c_starts, row_terms = get(args + TASKS), get(args + BOUNDS), get(args + C_STARTS), get(
-            args + ROW_TERMS
+        tasks, bounds, c_starts, row_terms = (
+            get(args + TASKS),
+            get(args + BOUNDS),
+            get(args + C_STARTS),
+            get(args + ROW_TERMS),
         )
         a_starts, a_columns, a_values = get(args + A_STARTS), get(args + A_COLUMNS), get(args + A_VALUES)
         b_starts, b_columns, b_values = get(args + B_STARTS), get(args + B_COLUMNS), get(args + B_VALUES)

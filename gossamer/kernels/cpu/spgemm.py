@@ -100,8 +100,8 @@ def look_at(a: Rows, b: Rows) -> Survey:
     run(*a.addresses[:2], *b.addresses[:2], cuts.ctypes.data, terms.ctypes.data, found.ctypes.data)
     if found[:, survey.DAMAGED].any():
         raise FormatError(
-            f"the factors {a.height}x{a.width} and {b.height}x{b.width} are damaged: row starts must rise from 0 to the "
-            "number of entries, and every column must lie inside; rebuild the matrix"
+            f"the factors {a.height}x{a.width} and {b.height}x{b.width} are damaged: row starts must rise from 0 to "
+            "the number of entries, and every column must lie inside; rebuild the matrix"
         )
     pieces = [cuts[a.height * c // chunks :][: found[c, survey.TASKS]] for c in range(chunks)]
     all_terms = int(found[:, survey.ALL_TERMS].sum())
@@ -128,7 +128,7 @@ def _memory(kind: int, size: int, width: int, seen: Survey, masked: int | None) 
     marks, far = _line(-(-width // 1024) * 64), _line(-(-width // 65536) * 64)
     sums, room = _line(-(-width // BLOCK) * BLOCK * size), rowwise.TERMS
     if masked is not None:
-        sums, marks, far = _line((masked + 2 * BLOCK) * size), _line(4 * width), 0
+        sums, marks, far = _line((-(-masked // BLOCK) + 1) * BLOCK * size), _line(4 * width), 0
     if kind == HASH:
         sums, marks, far, room = _line(size << bits), _line(4 << bits), _line(4 * bound), max(room, bound)
     if kind == SORT:
