@@ -68,12 +68,11 @@ def plan_attention(
     kv_heads = heads if kv_heads is None else kv_heads
     _need_even(heads, kv_heads)
     features = _features(heads, kv_heads, head_dim, features, offsets)
-    vectors = -(-seq // lanes())
-    tiles = max(1, -(-vectors // loops.WIDEST))
+    tiles = -(-padded(seq) // (lanes() * loops.WIDEST))
     row, spare = 4 * lanes() * loops.WIDEST, loops.SPARE
     scratch = (2 * head_dim + WIDTH + 2 * spare + 3) * row + 4 * (WIDTH + spare) + 64
     scratch += -scratch % 64
-    tasks = batch * heads * tiles if seq else 0
+    tasks = batch * heads * tiles
     work = 2 * batch * heads * seq * seq * head_dim // (2 if causal else 1)
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
     strides = [4 * WIDTH * number for pair in zip(features, offsets) for number in pair]

@@ -15,7 +15,8 @@ from gossamer.kernels.cpu.target import lanes
 from gossamer.kernels.cpu.threads import Entry
 
 LANES = lanes()
-# Vectors of queries in a tile, and rows of a register tile for narrow and wide ones: most of the register file.
+# Vectors of queries in a tile, and rows of a register tile for up to three and for four: most of the register file,
+# which AVX2 has half as much of.
 WIDEST = 2 if LANES == 8 else 4
 NARROW_ROWS, WIDE_ROWS = (8 if LANES != 8 else 4), 4
 # Scratch rows beyond the last key or feature that a register tile may compute.
@@ -46,8 +47,8 @@ def score_keys(vectors, query, key, panel_row, depth, count, start, scores):
         for t in range(0, count, NARROW_ROWS):
             score(NARROW_ROWS, 2, LANES, query, key + 4 * t, panel_row, depth, start + 4 * t, scores + t * row)
     elif vectors == 3:
-        for t in range(0, count, WIDE_ROWS):
-            score(WIDE_ROWS, 3, LANES, query, key + 4 * t, panel_row, depth, start + 4 * t, scores + t * row)
+        for t in range(0, count, NARROW_ROWS):
+            score(NARROW_ROWS, 3, LANES, query, key + 4 * t, panel_row, depth, start + 4 * t, scores + t * row)
     else:
         for t in range(0, count, WIDE_ROWS):
             score(WIDE_ROWS, 4, LANES, query, key + 4 * t, panel_row, depth, start + 4 * t, scores + t * row)
@@ -87,9 +88,9 @@ def weigh_values(vectors, value, panel_row, depth, weights, count, shrink, sums)
             v, last = value + d * panel_row, depth - 1 - d
             weigh(NARROW_ROWS, 2, LANES, v, panel_row, last, weights, count, shrink, sums + d * row)
     elif vectors == 3:
-        for d in range(0, depth, WIDE_ROWS):
+        for d in range(0, depth, NARROW_ROWS):
             v, last = value + d * panel_row, depth - 1 - d
-            weigh(WIDE_ROWS, 3, LANES, v, panel_row, last, weights, count, shrink, sums + d * row)
+            weigh(NARROW_ROWS, 3, LANES, v, panel_row, last, weights, count, shrink, sums + d * row)
     else:
         for d in range(0, depth, WIDE_ROWS):
             v, last = value + d * panel_row, depth - 1 - d
@@ -142,13 +143,14 @@ def close_tile(vectors, args, origin, first, feature, sums, total):
 @helper
 def attend(args, scratch, task):
     """One tile of queries against all keys that it may see."""
-    seq, heads, tiles, width, depth = (
-        get(args + SEQ), get(args + HEADS), get(args + TILES), get(args + WIDTH), get(args + DEPTH),
+    seq, heads, tiles, width, depth, pitch = (
+        get(args + SEQ), get(args + HEADS), get(args + TILES), get(args + WIDTH), get(args + DEPTH), get(args + PITCH),
     )  # fmt: skip
     number, pair = task % tiles, task // tiles
     head, sequence = pair % heads, pair // heads
     feature, shared = head * depth, head // get(args + SHARED) * depth
-    in_all, origin = (seq + LANES - 1) // LANES, sequence * get(args + PITCH)
+    # Padding queries take part, so that what is written for them is finite.
+    in_all, origin = pitch // LANES, sequence * pitch
     v0, v1 = number * in_all // tiles, (number + 1) * in_all // tiles
     vectors, first = v1 - v0, v0 * LANES
     row, causal, mask = 4 * LANES * vectors, get(args + CAUSAL), get(args + MASK)
