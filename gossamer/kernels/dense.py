@@ -23,6 +23,7 @@ FUSED = {
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
     "silu": ("swish", ""),
+    "hard_swish": ("hardswish", ""),
 }
 
 
@@ -70,8 +71,9 @@ class OneDNN:
         return cls(torch.ops.mkldnn._reorder_linear_weight(call.fmt.values.detach(), call.tokens or None))
 
     def run(self, x_TK: Tensor, bias_M: Tensor | None, activation: str) -> Tensor:
-        attribute, algorithm = FUSED[activation]
-        return torch.ops.mkldnn._linear_pointwise(x_TK, self.weight, bias_M, attribute, [], algorithm)
+        attribute, algorithm = FUSED.get(activation, FUSED["none"])
+        y_TM = torch.ops.mkldnn._linear_pointwise(x_TK, self.weight, bias_M, attribute, [], algorithm)
+        return y_TM if activation in FUSED else activate(y_TM, activation)
 
     def laid_out(self) -> tuple[Tensor, ...]:
         return (self.weight,)

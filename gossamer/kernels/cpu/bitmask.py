@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 
-from gossamer.kernels.cpu.activations import GELU, GELU_TANH, NONE, RELU, SILU
+from gossamer.kernels.cpu.activations import GELU, GELU_TANH, HARD_SWISH, NONE, RELU, RELU6, SILU
 from gossamer.kernels.cpu.cache import compile_kernel, helper
 from gossamer.kernels.cpu.lanes import address_of, bitmask_rows, copy_row, finish_row, get, take, widen_row
 from gossamer.kernels.cpu.threads import Entry
@@ -33,8 +33,12 @@ def finish_tokens(y, count, bias, code):
         finish_row(16, GELU, 1, y, y, count, bias)
     elif code == 3:
         finish_row(16, GELU_TANH, 1, y, y, count, bias)
-    else:
+    elif code == 4:
         finish_row(16, SILU, 1, y, y, count, bias)
+    elif code == 5:
+        finish_row(16, RELU6, 1, y, y, count, bias)
+    else:
+        finish_row(16, HARD_SWISH, 1, y, y, count, bias)
 
 
 @helper

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gossamer.core.errors import FormatError, unknown
 
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "relu6": 5, "hard_swish": 6}
 
 
 def activation_code(activation: str) -> int:

@@ -26,6 +26,7 @@ class Launch:
         scratch_bytes: scratch memory of all threads together.
         block: packs counters, addresses and fixed numbers.
         fixed: the fixed numbers, packed.
+        holds: whatever must live as long as the addresses among the fixed numbers.
     """
 
     entry: Entry
@@ -33,6 +34,7 @@ class Launch:
     scratch_bytes: int
     block: struct.Struct
     fixed: bytes
+    holds: tuple = ()
 
     def run(self, *addresses: int) -> None:
         """Run on the memory at these addresses, in the order the kernel names them."""
@@ -42,7 +44,9 @@ class Launch:
         self.entry.run(place.args_at, self.threads)
 
 
-def launch(entry: Entry, *, addresses: int, fixed: tuple[int, ...], threads: int, scratch_bytes: int = 0) -> Launch:
+def launch(
+    entry: Entry, *, addresses: int, fixed: tuple[int, ...], threads: int, scratch_bytes: int = 0, holds: tuple = ()
+) -> Launch:
     """Lay out a kernel that takes this many addresses and these fixed int64 numbers after them."""
     block = struct.Struct(f"={3 + addresses}q{8 * len(fixed)}s")
-    return Launch(entry, threads, scratch_bytes, block, struct.pack(f"={len(fixed)}q", *fixed))
+    return Launch(entry, threads, scratch_bytes, block, struct.pack(f"={len(fixed)}q", *fixed), holds)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 
-from gossamer.kernels.cpu.activations import GELU, GELU_TANH, NONE, RELU, SILU
+from gossamer.kernels.cpu.activations import GELU, GELU_TANH, HARD_SWISH, NONE, RELU, RELU6, SILU
 from gossamer.kernels.cpu.cache import compile_kernel, helper
 from gossamer.kernels.cpu.lanes import address_of, copy_row, finish_row, get, get_i32, take, tile, transpose
 from gossamer.kernels.cpu.target import lanes
@@ -68,9 +68,17 @@ def finish(source, source_row, target, target_row, rows, count, bias, bias_step,
             finish_row(
                 LANES, GELU_TANH, 0, source + r * source_row, target + r * target_row, count, bias + r * bias_step
             )
-    else:
+    elif code == 4:
         for r in range(rows):
             finish_row(LANES, SILU, 0, source + r * source_row, target + r * target_row, count, bias + r * bias_step)
+    elif code == 5:
+        for r in range(rows):
+            finish_row(LANES, RELU6, 0, source + r * source_row, target + r * target_row, count, bias + r * bias_step)
+    else:
+        for r in range(rows):
+            finish_row(
+                LANES, HARD_SWISH, 0, source + r * source_row, target + r * target_row, count, bias + r * bias_step
+            )
 
 
 @helper

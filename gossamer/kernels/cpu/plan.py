@@ -113,6 +113,13 @@ def known(stream: Stream, key: tuple) -> Plan | None:
     return plan if plan is not None and plan.addresses == stream.addresses else None
 
 
+def remember(stream: Stream, key: tuple, plan: object) -> None:
+    """Keep a plan with its weights; serving many different sizes of x starts over now and then."""
+    if len(stream.plans) >= _MOST_PLANS:
+        stream.plans.clear()
+    stream.plans[key] = plan
+
+
 @dataclass(frozen=True)
 class _Cut:
     """How the work is cut: `panels` of tokens per image x `chunks` of rows, tiles at most `wide` vectors wide."""
@@ -171,10 +178,8 @@ def make_plan(stream: Stream, key: tuple, layout: Layout, code: int, threads: in
         code, _BOUND_AT + 4 * (code == 1), _ZERO_AT,
         cut.wide, panel_width() // lanes(), unit, sums_at, hold, *lines,
     )  # fmt: skip
-    if len(stream.plans) >= _MOST_PLANS:
-        stream.plans.clear()
     plan = Plan(entry, cut.threads, scratch_bytes * cut.threads, fixed, stream.addresses)
-    stream.plans[key] = plan
+    remember(stream, key, plan)
     return plan
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, hardswish, relu6, silu
 
 from gossamer.core.errors import unknown
 
@@ -17,6 +17,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": gelu,
     "gelu_tanh": partial(gelu, approximate="tanh"),
     "silu": silu,
+    "relu6": relu6,
+    "hard_swish": hardswish,
 }
 
 
@@ -39,6 +41,8 @@ GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": torch.ops.aten.gelu_backward,
     "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
     "silu": torch.ops.aten.silu_backward,
+    "relu6": lambda grad, z: torch.ops.aten.hardtanh_backward(grad, z, 0, 6),
+    "hard_swish": torch.ops.aten.hardswish_backward,
 }
 
 

@@ -1,0 +1,141 @@
+"""The sparse x dense product on panels that stay where they are: what one thread does, in Numba.
+
+x is read in place and y written in place, so nothing is packed: a task is (panel, a few vectors of positions, a run of
+row groups). Where columns come in several blocks, y itself holds the sums between them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from gossamer.kernels.cpu.cache import compile_kernel, helper
+from gossamer.kernels.cpu.lanes import address_of, copy_row, get, get_i32, take
+from gossamer.kernels.cpu.panels import finish
+from gossamer.kernels.cpu.target import lanes
+from gossamer.kernels.cpu.threads import Entry
+from gossamer.kernels.cpu.tiles import product_tile
+
+LANES = lanes()
+# Rows whose activation is applied in one go, while they are in the first-level cache; a multiple of every group size.
+BATCH = 16
+
+# Byte offset of each argument. A plan without residual passes a zero in its place as the first of the fixed numbers.
+(
+    SLOT, NEXT, SCRATCH, X, Y, BIAS, RESIDUAL,
+    TASKS, CHUNKS, TILES, PANELS, USED, USED_LAST, ROW, X_PANEL, Y_PANEL, ROWS, GROUPS, BLOCKS,
+    STARTS, INDICES, VALUES, CUTS, BOUNDS, CODE, ZERO, SCRATCH_BYTES,
+) = range(0, 8 * 27, 8)  # fmt: skip
+
+
+def widest(g: int) -> int:
+    """Vectors of a full register tile for groups of g rows (measured)."""
+    if LANES == 16:
+        return {1: 4, 2: 4, 4: 4, 8: 3}[g]
+    if LANES == 8:
+        return {1: 6, 2: 4, 4: 3, 8: 1}[g]
+    return {1: 4, 2: 4, 4: 5, 8: 3}[g]
+
+
+@helper
+def ragged_start(scratch, row_bytes, bias, rows, residual, residual_row, group, count):
+    """Let scratch memory stand for a last group that lacks rows: sixteen biases, then its rows of sums."""
+    copy_row(LANES, bias if bias != 0 else scratch, scratch, rows if bias != 0 else 0, 16)
+    for r in range(group):
+        target = scratch + 64 + r * row_bytes
+        given = residual != 0 and r < rows
+        copy_row(LANES, residual + r * residual_row if given else target, target, count if given else 0, count)
+
+
+@helper
+def ragged_end(scratch, row_bytes, y, y_row, rows, count):
+    """Write the rows that a last group does have."""
+    for r in range(rows):
+        copy_row(LANES, scratch + 64 + r * row_bytes, y + r * y_row, count, count)
+
+
+@functools.cache
+def kernel(g: int, index_bytes: int) -> Entry:
+    """The compiled product for groups of g rows and 2- or 4-byte indices."""
+    G, B, L = g, index_bytes, LANES
+    V2, V3, V4, V5, V6 = (min(v, widest(g)) for v in (2, 3, 4, 5, 6))
+
+    def resident_kernel(pointer):
+        args = address_of(pointer)
+        slot, tasks, chunks, tiles = take(args + SLOT), get(args + TASKS), get(args + CHUNKS), get(args + TILES)
+        rows, groups, blocks, row = get(args + ROWS), get(args + GROUPS), get(args + BLOCKS), get(args + ROW)
+        starts, indices, values = get(args + STARTS), get(args + INDICES), get(args + VALUES)
+        cuts, code, zero = get(args + CUTS), get(args + CODE), get(args + ZERO)
+        bias, residual, scratch = get(args + BIAS), get(args + RESIDUAL), get(args + SCRATCH)
+        scratch += slot * get(args + SCRATCH_BYTES)
+        whole = rows // G
+        while True:
+            task = take(args + NEXT)
+            if task >= tasks:
+                break
+            place, chunk = task // chunks, task % chunks
+            number, tile = place // tiles, place % tiles
+            used = get(args + USED_LAST) if number == get(args + PANELS) - 1 else get(args + USED)
+            v0, v1 = tile * used // tiles, (tile + 1) * used // tiles
+            wide, count = v1 - v0, L * (v1 - v0)
+            i0, i1 = get_i32(cuts + 4 * chunk), get_i32(cuts + 4 * chunk + 4)
+            if wide == 0 or i0 == i1:
+                continue
+            panel = get(args + X) + number * get(args + X_PANEL) + 4 * L * v0
+            offset = number * get(args + Y_PANEL) + 4 * L * v0
+            y = get(args + Y) + offset
+            for block in range(blocks):
+                begin, bounds = starts + 4 * groups * block, 0
+                # Sums start from bias and residual in the first block, and from what y holds in later ones.
+                bias_at, bias_step, base_at = zero, 0, y
+                if block == 0:
+                    base_at = residual + offset if residual != 0 else 0
+                    if bias != 0:
+                        bias_at, bias_step = bias, 4
+                if block == blocks - 1:
+                    bounds = get(args + BOUNDS)
+                done = i0
+                for i in range(i0, i1):
+                    s, e = get_i32(begin + 4 * i), get_i32(begin + 4 * (i + groups))
+                    to, to_row, base, add = y + i * G * row, row, 0, bias_at + i * G * bias_step
+                    if base_at != 0:
+                        base = base_at + i * G * row
+                    if i == whole:
+                        if block == 0:
+                            ragged_start(scratch, 4 * count, add, rows - i * G, base, row, G, count)
+                        to, to_row, base, add = scratch + 64, 4 * count, scratch + 64, scratch if block == 0 else zero
+                        bias_step = 4 if block == 0 else 0
+                    if wide == 1:
+                        product_tile(
+                            G, 1, L, B, e, s, indices, values, panel, row, to, to_row, base, add, bias_step, bounds
+                        )
+                    elif wide == 2:
+                        product_tile(
+                            G, V2, L, B, e, s, indices, values, panel, row, to, to_row, base, add, bias_step, bounds
+                        )
+                    elif wide == 3:
+                        product_tile(
+                            G, V3, L, B, e, s, indices, values, panel, row, to, to_row, base, add, bias_step, bounds
+                        )
+                    elif wide == 4:
+                        product_tile(
+                            G, V4, L, B, e, s, indices, values, panel, row, to, to_row, base, add, bias_step, bounds
+                        )
+                    elif wide == 5:
+                        product_tile(
+                            G, V5, L, B, e, s, indices, values, panel, row, to, to_row, base, add, bias_step, bounds
+                        )
+                    else:
+                        product_tile(
+                            G, V6, L, B, e, s, indices, values, panel, row, to, to_row, base, add, bias_step, bounds
+                        )
+                    if block == blocks - 1:
+                        if i == whole:
+                            ragged_end(scratch, 4 * count, y + i * G * row, row, rows - i * G, count)
+                        if code != 0 and ((i + 1 - done) * G >= BATCH or i == i1 - 1):
+                            at = y + done * G * row
+                            finish(at, row, at, row, min(rows, (i + 1) * G) - done * G, count, zero, 0, code)
+                            done = i + 1
+
+    return Entry(
+        compile_kernel(resident_kernel, f"resident sparse product, groups of {g}, {8 * index_bytes}-bit indices")
+    )

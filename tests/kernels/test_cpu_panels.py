@@ -1,0 +1,176 @@
+"""The sparse product on panels in place, against float64 torch: odd shapes, poison around and between, both threads."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gossamer.core.errors import FormatError, UnknownName
+from gossamer.kernels.cpu import spmm_panels as product
+from gossamer.kernels.cpu.planes import plane_stride
+from gossamer.kernels.cpu.spmm_panels import plan_panels, spmm_panels
+from gossamer.kernels.reference import ACTIVATIONS
+from tests.kernels.test_cpu_spmm import threads, weights  # noqa: F401
+
+LIMIT = 2e-6
+
+
+@pytest.fixture(autouse=True)
+def wake_threads_for_any_work(monkeypatch):
+    monkeypatch.setattr(product, "GRAIN", 1)
+
+
+def guarded(*shape):
+    """Aligned panels of NaN with a cache line of NaN on either side."""
+    count = torch.Size(shape).numel()
+    whole = torch.full((count + 48,), torch.nan)
+    first = 16 + -(whole.data_ptr() // 4) % 16
+    return whole[first : first + count].view(shape), (whole[:first], whole[first + count :])
+
+
+def untouched(sides):
+    return all(bool(side.isnan().all()) for side in sides)
+
+
+def exact(w, x, bias, residual, activation):
+    z = torch.einsum("mk,pkw->pmw", w.double(), x.double())
+    z = z if bias is None else z + bias.double()[:, None]
+    return ACTIVATIONS[activation](z if residual is None else z + residual.double())
+
+
+def within(got, w, x, bias, residual, activation):
+    size = torch.einsum("mk,pkw->pmw", w.double().abs(), x.double().abs()) + 10
+    error = (got.double() - exact(w, x, bias, residual, activation)).abs() / size
+    return bool(error.isfinite().all()) and float(error.max()) < LIMIT
+
+
+sizes = st.tuples(st.integers(1, 70), st.integers(1, 300), st.integers(1, 3), st.integers(1, 150))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes,
+    st.sampled_from((1, 2, 4, 8)),
+    st.sampled_from((0.0, 0.1, 0.5, 1.0)),
+    st.sampled_from((None, 1, 37)),
+    st.booleans(),
+    st.sampled_from((None, "apart", "in place")),
+    st.sampled_from(tuple(ACTIVATIONS)),
+)
+def test_any_shape_matches_float64_inside_poison(size, g, density, block, wide, residual, activation):
+    rows, cols, panels, used = size
+    width = plane_stride(used)
+    weight, w = weights(rows, cols, g, density, block=block, dtype=torch.int32 if wide else torch.uint16)
+    x, _ = guarded(panels, cols, width)
+    y, sides = guarded(panels, rows, width)
+    x[..., :used], bias, added = torch.randn(panels, cols, used), torch.randn(rows), None
+    if residual:
+        added, _ = guarded(panels, rows, width) if residual == "apart" else (y, None)
+        added[..., :used] = torch.randn(panels, rows, used)
+    before = None if added is None else added[..., :used].clone()
+    assert spmm_panels(weight, x, bias, activation, added, y, used=used) is y
+    assert within(y[..., :used], w, x[..., :used], bias, before, activation)
+    assert untouched(sides) and untouched([y[..., -(-used // 16) * 16 :]])
+
+
+@pytest.mark.parametrize("g", [1, 2, 4, 8])
+@pytest.mark.parametrize("used", [16, 31, 48, 64, 96, 196])
+def test_every_tile_width(g, used, threads):  # noqa: F811
+    weight, w = weights(70, 90, g, 0.3)
+    x, _ = guarded(2, 90, plane_stride(used))
+    x[:] = torch.randn(x.shape)
+    bias = torch.randn(70)
+    assert within(spmm_panels(weight, x, bias, used=used)[..., :used], w, x[..., :used], bias, None, "none")
+    assert within(spmm_panels(weight, x, None, "relu"), w, x, None, None, "relu")
+
+
+def test_padding_that_is_not_finite_stays_in_its_lane():
+    weight, w = weights(20, 30, 4, 0.5)
+    x, _ = guarded(1, 30, 64)
+    x[..., :50] = torch.randn(1, 30, 50)
+    y = spmm_panels(weight, x, None, "gelu", used=50)
+    assert within(y[..., :50], w, x[..., :50], None, None, "gelu") and bool(y[..., 50:64].isnan().all())
+
+
+def test_last_panel_may_be_used_less():
+    weight, w = weights(20, 30, 1, 0.5)
+    x, _ = guarded(3, 30, 64)
+    x[:] = torch.randn(x.shape)
+    y, _ = guarded(3, 20, 64)
+    plan = plan_panels(weight, panels=3, width=64, used_last=16, threads=1)
+    plan.run(x.data_ptr(), y.data_ptr(), 0)
+    assert within(y[:2], w, x[:2], None, None, "none") and within(y[2:, :, :16], w, x[2:, :, :16], None, None, "none")
+    assert bool(y[2, :, 16:].isnan().all())
+
+
+@pytest.mark.parametrize("g", [1, 4])
+def test_same_bits_on_every_run_and_thread_count(g):
+    weight, _ = weights(100, 200, g, 0.2)
+    x, results = product.aligned_panels(2, 200, 80).normal_(), []
+    for count in (1, 2, 1, 2):
+        torch.set_num_threads(count)
+        results += [spmm_panels(weight, x, None, "silu") for _ in range(3)]
+    assert all(torch.equal(results[0], other) for other in results)
+
+
+def test_one_plan_on_four_python_threads():
+    weight, w = weights(60, 90, 4, 0.3)
+    plan = plan_panels(weight, panels=2, width=64, residual=True, activation="relu", threads=2)
+
+    def run(seed):
+        draw = torch.Generator().manual_seed(seed)
+        x = product.aligned_panels(2, 90, 64).normal_(generator=draw)
+        added, y = (product.aligned_panels(2, 60, 64).normal_(generator=draw) for _ in range(2))
+        for _ in range(100):
+            plan.run(x.data_ptr(), y.data_ptr(), 0, added.data_ptr())
+            if not within(y, w, x, None, added, "relu"):
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(4)))
+
+
+def test_rows_of_unequal_length_are_shared_evenly():
+    rows, cols = 64, 400
+    w = torch.zeros(rows, cols)
+    w[:8] = 1.0
+    row, column = w.nonzero(as_tuple=True)
+    indptr = torch.zeros(rows + 1, dtype=torch.int32)
+    indptr[1:] = torch.bincount(row, minlength=rows).cumsum(0)
+    weight = product.Stream(1, rows, cols, cols, torch.stack([indptr[:-1], indptr[1:]]), column.int(), w[row, column])
+    cuts = product._cuts(weight, 2).tolist()
+    assert cuts[0] == 0 and cuts[-1] == rows and cuts[1] <= 5
+
+
+def test_no_entries_no_rows_no_panels():
+    empty, _ = weights(6, 5, 4, 0.0)
+    bias = torch.arange(6.0)
+    x = product.aligned_panels(1, 5, 16).fill_(torch.nan)
+    assert torch.equal(spmm_panels(empty, x, bias)[0], bias[:, None].expand(6, 16))
+    assert spmm_panels(empty, product.aligned_panels(0, 5, 16)).shape == (0, 6, 16)
+
+
+def test_wrong_inputs_are_refused_by_name():
+    weight, _ = weights(8, 8, 1, 0.5)
+    x = product.aligned_panels(2, 8, 32).normal_()
+    shifted = torch.empty(2 * 8 * 32 + 20)[1 + -(torch.empty(0).data_ptr() // 4) % 16 :][: 2 * 8 * 32].view(2, 8, 32)
+    for call, words in [
+        (lambda: spmm_panels(weight, x[:, :7]), "x must be"),
+        (lambda: spmm_panels(weight, x.double()), "x must be"),
+        (lambda: spmm_panels(weight, x, torch.randn(7)), "bias"),
+        (lambda: spmm_panels(weight, x, out=torch.empty(2, 8, 16)), "out must be"),
+        (lambda: spmm_panels(weight, x, out=x), "overlaps x"),
+        (lambda: spmm_panels(weight, x, residual_PMW=torch.empty(1)), "residual must be"),
+        (lambda: spmm_panels(weight, x, used=33), "used positions"),
+        (lambda: plan_panels(weight, panels=1, width=24, threads=1), "multiple of 16"),
+    ]:
+        with pytest.raises(FormatError, match=words):
+            call()
+    if shifted.data_ptr() % 64:
+        with pytest.raises(FormatError, match="64-byte"):
+            spmm_panels(weight, shifted)
+    with pytest.raises(UnknownName, match="gelu"):
+        spmm_panels(weight, x, activation="gulu")
