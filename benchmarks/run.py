@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.harness.conventions import WAITING, Effort
+from benchmarks.harness.problem import load, names
 
 HERE = Path(__file__).parent
 
@@ -22,14 +23,9 @@ def scripts() -> tuple[str, ...]:
     return tuple(sorted(p.parent.name for p in HERE.glob("*/run.py") if p.parent.name != "harness"))
 
 
-def problems() -> tuple[str, ...]:
-    """Benchmarks that the harness runs."""
-    return tuple(sorted(p.parent.name for p in HERE.glob("*/problem.py")))
-
-
 def parsed(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    there = (*problems(), *scripts())
+    there = (*names(), *scripts())
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="problem", help=f"all unless given: {', '.join(there)}")
     parser.add_argument("--quick", action="store_true", help="short rounds of few cases; writes no results")
@@ -56,7 +52,6 @@ def one(name: str, options: argparse.Namespace) -> bool:
     if name in scripts():
         command = [sys.executable, "-m", f"benchmarks.{name}.run", *(["--quick"] * options.quick)]
         return subprocess.run(command).returncode == 0
-    from benchmarks.harness.problem import load
     from benchmarks.harness.run import Options, run
 
     asked = Options(

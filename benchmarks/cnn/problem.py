@@ -23,7 +23,7 @@ GROUPS = {
     ),
     "DeepSparse": ("deepsparse_fp32",),
 }
-PANEL = "network"
+PANEL = ("network",)
 
 
 def dense_case(case):

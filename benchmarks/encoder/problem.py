@@ -17,7 +17,7 @@ GROUPS = {
     "best dense engine": ("torch_eager", "torch_compile", "onnxruntime_fp32", "openvino_fp32", "deepsparse_dense"),
     "DeepSparse": ("deepsparse_fp32",),
 }
-PANEL = "batch"
+PANEL = ("batch",)
 
 
 def dense_case(case):

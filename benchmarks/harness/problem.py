@@ -37,7 +37,7 @@ class Problem:
     solvers: tuple[Solver, ...]
     groups: Mapping[str, tuple[str, ...]]
     measures: Mapping[str, str]
-    panel: str | None
+    panel: tuple[str, ...]
 
     def case(self, name: str) -> Case:
         """The case with this id."""
@@ -63,7 +63,8 @@ class Problem:
 
 def names() -> tuple[str, ...]:
     """Every problem there is, by its folder's name."""
-    return tuple(sorted(p.parent.name for p in (ROOT / "benchmarks").glob("*/problem.py")))
+    folders = (p.parent for p in (ROOT / "benchmarks").glob("*/problem.py"))
+    return tuple(sorted(folder.name for folder in folders if folder != Path(__file__).parent))
 
 
 def load(name: str, package: str = "benchmarks") -> Problem:
@@ -87,7 +88,7 @@ def load(name: str, package: str = "benchmarks") -> Problem:
             solvers=tuple(_solver(full, file) for file in _files(module)),
             groups={label: tuple(members) for label, members in getattr(module, "GROUPS", {}).items()},
             measures=dict(getattr(module, "MEASURES", {})),
-            panel=getattr(module, "PANEL", None),
+            panel=tuple(getattr(module, "PANEL", ())),
         )
     )
 

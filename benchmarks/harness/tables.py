@@ -60,7 +60,7 @@ def _row(compared: Comparison, o: Outcome, columns: list[str]) -> list[str]:
     cells |= {"threads": str(o.threads), "solver": o.solver, "ms": f"{o.median_ms:.3f}", "noise": f"{o.noise:.0%}"}
     cells["kept GF/s"] = f"{o.work['flops'] / o.median_ms / 1e6:.0f}" if compared.sparse[o.solver] and o.work else ""
     cells |= {title: _measure(compared, o, name) for name, title in problem.measures.items()}
-    cells |= {f"over {r.group}": _times(r) for r in compared.ratios(o)}
+    cells |= {f"over {r.group}": _times(r, len(problem.groups[r.group])) for r in compared.ratios(o)}
     return [cells.get(name, "") for name in columns]
 
 
@@ -71,7 +71,8 @@ def _measure(compared: Comparison, o: Outcome, name: str) -> str:
     return f"{o.measures[name]:,.4g}" + (f" ({less:.2f}× less)" if less else "")
 
 
-def _times(ratio: Ratio) -> str:
+def _times(ratio: Ratio, rivals: int) -> str:
+    """The ratio, and whose time it is where the group has several members."""
     if ratio.times is None:
         return EMPTY
-    return f"{ratio.times:.2f}× ({ratio.rival})"
+    return f"{ratio.times:.2f}×" + (f" ({ratio.rival})" if rivals > 1 else "")

@@ -22,7 +22,7 @@ GROUPS = {
     "torch CSR": ("torch_csr",),
     "scipy CSR": ("scipy_csr",),
 }
-PANEL = "stack"
+PANEL = ("stack", "pattern")
 
 
 def dense_case(case):

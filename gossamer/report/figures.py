@@ -51,11 +51,11 @@ def figure(run: Run, kind: str, *, dark: bool = False) -> str:
         FormatError: the run holds nothing to draw in it.
         MissingDependency: matplotlib is missing; install the extra "report".
     """
-    with need("matplotlib", "report").rc_context(_style(ink(dark))):
+    with need("matplotlib", "report").rc_context(style(ink(dark))):
         drawn = _draw(run, kind, ink(dark))
         out = io.StringIO()
         drawn.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    return _clean(out.getvalue(), prefix=f"{kind}-{'dark' if dark else 'light'}", title=describe(run, kind))
+    return clean(out.getvalue(), prefix=f"{kind}-{'dark' if dark else 'light'}", title=describe(run, kind))
 
 
 def write_png(run: Run, kind: str, path: str | Path, *, dark: bool = False, dpi: int = 160) -> Path:
@@ -64,7 +64,7 @@ def write_png(run: Run, kind: str, path: str | Path, *, dark: bool = False, dpi:
     Args:
         dpi: pixels per inch of a plot 5.6 or 10.4 inches wide.
     """
-    with need("matplotlib", "report").rc_context(_style(ink(dark))), whole_file(path) as draft:
+    with need("matplotlib", "report").rc_context(style(ink(dark))), whole_file(path) as draft:
         _draw(run, kind, ink(dark)).savefig(draft, format="png", dpi=dpi, facecolor="#14191d" if dark else "white")
     return Path(path)
 
@@ -101,7 +101,8 @@ def _draw(run: Run, kind: str, pen: Ink) -> Figure:
     return FIGURES[kind](run, pen)
 
 
-def _style(pen: Ink) -> dict[str, object]:
+def style(pen: Ink) -> dict[str, object]:
+    """matplotlib's settings for one theme."""
     return {
         "svg.fonttype": "none",
         "svg.hashsalt": "gossamer",
@@ -302,7 +303,7 @@ def _blocks(rows: Sequence[LayerRow]) -> list[tuple[float, str]]:
     return starts[:: -(-len(starts) // 12)]
 
 
-def _clean(svg: str, *, prefix: str, title: str) -> str:
+def clean(svg: str, *, prefix: str, title: str) -> str:
     """Leave what a page needs: no prolog, no metadata, ids of our own, fonts of the reader's system."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)

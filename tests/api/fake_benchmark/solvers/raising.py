@@ -1,0 +1,7 @@
+"""Raises."""
+
+SPARSE = True
+
+
+def prepare(data, threads):
+    raise ArithmeticError("no such product")
