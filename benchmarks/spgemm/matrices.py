@@ -19,7 +19,12 @@ def _csr(values, rows, columns, shape) -> sparse.csr_array:
     """float32 CSR with int32 indices, sorted, without duplicates."""
     made = sparse.coo_array((np.asarray(values, np.float32), (rows, columns)), shape=shape).tocsr()
     made.sum_duplicates()
-    return made
+    return _narrow(made)
+
+
+def _narrow(a) -> sparse.csr_array:
+    """int32 indices, which every library takes: nobody pays for converting."""
+    return sparse.csr_array((a.data, a.indices.astype(np.int32), a.indptr.astype(np.int32)), shape=a.shape)
 
 
 @cache
@@ -32,17 +37,16 @@ def _numbered(texts: tuple[str, ...]) -> tuple[list[np.ndarray], int]:
 
 
 def word_graph() -> sparse.csr_array:
-    """Which word follows which in WikiText-2, as often as it does, on a logarithmic scale."""
-    (words,), count = _numbered((wikitext2("train"),))
+    """Which word follows which in the validation part of WikiText-2, how often on a logarithmic scale."""
+    (words,), count = _numbered((wikitext2("valid"),))
     graph = _csr(np.ones(len(words) - 1), words[:-1], words[1:], (count, count))
     graph.data = np.log1p(graph.data)
     return graph
 
 
 def tfidf() -> sparse.csr_array:
-    """Rotten Tomatoes reviews by words, tf-idf, rows of length one."""
-    reviews = movie_reviews("rotten_tomatoes")
-    texts, count = _numbered(reviews.train.texts + reviews.test.texts)
+    """4,000 Rotten Tomatoes reviews by words, tf-idf, rows of length one."""
+    texts, count = _numbered(movie_reviews("rotten_tomatoes").train.texts[:4000])
     rows = np.repeat(np.arange(len(texts)), [len(t) for t in texts])
     a = _csr(np.ones(len(rows)), rows, np.concatenate(texts), (len(texts), count))
     a.data *= np.log(len(texts) / np.bincount(a.indices, minlength=count)).astype(np.float32)[a.indices]
@@ -52,9 +56,9 @@ def tfidf() -> sparse.csr_array:
 
 
 def digits() -> sparse.csr_array:
-    """2,000 MNIST digits by pixels."""
-    pictures = mnist().test.images[:2000].reshape(2000, -1)
-    return sparse.csr_array(np.asarray(pictures, np.float32))
+    """1,000 MNIST digits by pixels."""
+    pictures = mnist().test.images[:1000].reshape(1000, -1)
+    return _narrow(sparse.csr_array(np.asarray(pictures, np.float32)))
 
 
 def rmat(scale: int = 14, degree: int = 8) -> sparse.csr_array:
@@ -71,13 +75,13 @@ def band(size: int = 50_000, half: int = 5) -> sparse.csr_array:
     """A synthetic band matrix: 2 x half + 1 diagonals of normal numbers."""
     draw, offsets = np.random.default_rng(0), range(-half, half + 1)
     diagonals = [draw.standard_normal(size - abs(k)).astype(np.float32) for k in offsets]
-    return sparse.csr_array(sparse.diags_array(diagonals, offsets=list(offsets), format="csr"))
+    return _narrow(sparse.diags_array(diagonals, offsets=list(offsets), format="csr"))
 
 
 def grid(side: int = 300) -> sparse.csr_array:
     """The five-point Laplacian of a square grid: synthetic values, the pattern of real discretisations."""
     line = sparse.diags_array([-np.ones(side - 1), 2 * np.ones(side), -np.ones(side - 1)], offsets=[-1, 0, 1])
-    return sparse.csr_array(sparse.kronsum(line, line)).astype(np.float32)
+    return _narrow(sparse.csr_array(sparse.kronsum(line, line)).astype(np.float32))
 
 
 def lower(graph: sparse.csr_array) -> sparse.csr_array:
@@ -97,7 +101,7 @@ def _square(make: Callable) -> Callable:
 def _gram(make: Callable) -> Callable:
     def factors():
         a = make()
-        return a, sparse.csr_array(a.T.tocsr())
+        return a, _narrow(a.T.tocsr())
 
     return factors
 

@@ -167,10 +167,10 @@ def spgemm(
     """Multiply two sparse matrices row by row: C[i, :] = sum over k of A[i, k] B[k, :].
 
     Each row of C is summed in the accumulator that suits it: up to 16 terms are sorted in one register, more go to a
-    dense row of sums, or to a hash table where rows are over a million columns wide. Threads follow
-    `torch.set_num_threads`; the result does not depend on them. Inputs may be unsorted and hold duplicates, which are
-    added, and explicit zeros, which count as entries. C holds every entry with at least one term, also where the terms
-    cancel to zero. NaN and infinity spread as in a sum of products.
+    dense row of sums, or to a hash table where rows are millions of columns wide or the product is small against them.
+    Threads follow `torch.set_num_threads`; the result does not depend on them. Inputs may be unsorted and hold
+    duplicates, which are added, and explicit zeros, which count as entries. C holds every entry with at least one term,
+    also where the terms cancel to zero. NaN and infinity spread as in a sum of products.
 
     Args:
         A: [M, K], a scipy sparse matrix or array, a 2-D torch sparse CSR tensor, or a `CSR`, in float32 or float64.

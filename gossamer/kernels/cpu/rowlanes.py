@@ -231,6 +231,27 @@ def scatter_add(typing, size, levels, columns, values, count, sums, marks, far_m
 
 
 @intrinsic(prefer_literal=True)
+def scatter_row(typing, size, weight, columns, values, count, sums, marks):
+    """sums[columns[e]] += weight[0] * values[e], with marks: for rows too short to be worth listing."""
+    S = size.literal_value
+
+    def gen(ctx, b, sig, args):
+        _, weight, columns, values, count, sums, marks = args
+        factor = _load(b, weight, _float(S), S)
+        loop = _Loop(b, _n(0), count, 1, [])
+        column = b.zext(_load(b, b.add(columns, b.mul(loop.i, _n(4))), _I32, 4), _I64)
+        product = b.fmul(factor, _load(b, b.add(values, b.mul(loop.i, _n(S))), _float(S), S))
+        term = b.fadd(product, ir.Constant(_float(S), 0.0))
+        place = b.add(sums, b.mul(column, _n(S)))
+        _store(b, b.fadd(_load(b, place, _float(S), S), term), place, S)
+        _store(b, ir.Constant(_I8, 1), b.add(marks, b.lshr(column, _n(4))), 1)
+        loop.close([])
+        return ctx.get_dummy_value()
+
+    return types.void(size, *[_int] * 6), gen
+
+
+@intrinsic(prefer_literal=True)
 def scatter_slots(typing, size, columns, values, count, slots, sums):
     """sums[slots[columns[e]]] += values[e]. Slot zero means "not wanted": such terms go to the first sixteen sums in
     turn, so that they wait neither for a branch nor for each other."""

@@ -28,6 +28,7 @@ from gossamer.kernels.cpu.rowlanes import (
     rank_row,
     scale_row,
     scatter_add,
+    scatter_row,
     scatter_slots,
     set_i32,
     set_int,
@@ -37,6 +38,8 @@ from gossamer.kernels.cpu.threads import Entry
 
 # Terms listed before they are added up: with their columns a fifth of a first-level cache.
 TERMS = 1024
+# Entries of B's rows, on average, up to which terms are added up at once: listing them would cost more.
+BRIEF = 8
 # Lists of one thread that may wait for their place in C, and the bytes before their entries: task and count.
 WAITING, HEAD = 4, 64
 # Which rows go where: `sort` takes all rows, `hash` and `dense` leave the shortest to a sort in one register.
@@ -157,6 +160,16 @@ def kernel(size: int, making: int) -> Entry:
                     columns, values = to_columns + 4 * total, to_values + S * total
                 # List the terms. They are added up when the list is full, and stay there if all fit.
                 listed, flushed, used, low, high = 0, 0, 0, width, -1
+                brief = M == PRODUCT and kind == DENSE and far_on == 0 and not heavy
+                if brief and BLOCK < terms <= BRIEF * (p_end - p):
+                    while p < p_end:
+                        k = get_i32(a_columns + 4 * p)
+                        s, e = get(b_starts + 8 * k), get(b_starts + 8 * k + 8)
+                        if s < e:
+                            low = min(low, get_i32(b_columns + 4 * s))
+                            high = max(high, get_i32(b_columns + 4 * e - 4))
+                        scatter_row(S, a_values + S * p, b_columns + 4 * s, b_values + S * s, e - s, sums, marks)
+                        p += 1
                 while p < p_end:
                     k = get_i32(a_columns + 4 * p)
                     s, e = get(b_starts + 8 * k), get(b_starts + 8 * k + 8)

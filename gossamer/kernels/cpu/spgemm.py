@@ -23,8 +23,9 @@ from gossamer.kernels.cpu.workplace import workplace
 LIST = 16384
 # Terms of a task, and terms that pay for waking one more thread.
 WORK, GRAIN = 65536, 20_000
-# Columns up to which a dense row of sums beats a hash table, and from which blocks of marks get marks of their own.
-DENSE_COLUMNS, FAR_COLUMNS = 1 << 20, 1 << 18
+# Columns up to which a dense row of sums always beats a hash table; up to which it does when there are many terms (one
+# for eight columns pays for making the sums ready); and from which blocks of marks get marks of their own.
+SURELY_DENSE, DENSE_COLUMNS, FAR_COLUMNS = 1 << 16, 1 << 22, 1 << 18
 # Bytes of C, at its upper bound, up to which it is computed in one pass; beyond, a first pass finds the exact size.
 ONE_PASS = 2 << 30
 # Bytes of scratch memory that a calling thread keeps from call to call.
@@ -166,6 +167,12 @@ def _run(a: Rows, b: Rows, seen: Survey, making: int, kind: int, ordered: bool, 
     )  # fmt: skip
 
 
+def _suiting(width: int, terms: int) -> int:
+    """The accumulator for rows of this width in a product of so many terms."""
+    dense = width <= SURELY_DENSE or (width <= DENSE_COLUMNS and width <= 8 * terms)
+    return DENSE if dense else HASH
+
+
 def product(a: Rows, b: Rows, *, mask: Rows | None = None, kind: int | None = None, ordered: bool = True) -> Rows:
     """C = A B, or those of its entries that a mask names.
 
@@ -182,7 +189,7 @@ def product(a: Rows, b: Rows, *, mask: Rows | None = None, kind: int | None = No
     """
     seen = look_at(a, b)
     if mask is not None or kind is None:
-        kind = DENSE if mask is not None or b.width <= DENSE_COLUMNS else HASH
+        kind = DENSE if mask is not None else _suiting(b.width, int(seen.row_terms[: a.height].sum()))
     making, entries = PRODUCT, seen.entries
     if mask is not None:
         making, entries = MASKED, min(entries, len(mask.columns))
