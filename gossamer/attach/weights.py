@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..core.budget import Above, resolve
+from ..core.budget import Above
 from ..core.errors import FileDamaged, TargetError
 from ..core.pattern import Pattern
 from ..core.registry import get_method
-from ..core.select import select, select_across
+from ..core.regroup import tied_rows
 from ..core.shrink import hard
 from ..core.sparsifier import Sparsifier, require_finite
 from ..core.support import Support
@@ -66,7 +66,7 @@ class Handle:
         self.steps = 0
         for t in self.targets:  # all that can be refused is refused before any mask is attached
             require_finite(t.weight(model), f"the weight of layer {t.name!r}")
-            sparsifier.pattern.place(t.weight(model).shape)
+            (tied_rows if sparsifier.regroup else Pattern.place)(sparsifier.pattern, t.weight(model).shape)
         for t in self.targets:
             module = t.module(model)
             mask = Masked(torch.ones_like(module.weight, dtype=torch.bool))
@@ -133,8 +133,8 @@ class Handle:
             require_finite(w, f"the weight of layer {t.name!r}")
         scores = {t: s.score(w, {"salt": salt(t.name)}) for t, w in weights.items()}
         if s.scope == "model":
-            return select_across(scores, s.pattern, s.budget, step=self.steps)
-        return {t: select(x, s.pattern, resolve(s.budget, self.steps)) for t, x in scores.items()}
+            return s.choose_across(scores, step=self.steps)
+        return {t: s.choose(x, step=self.steps) for t, x in scores.items()}
 
     def _view(self, target: Target) -> Tensor:
         w = self._original(target).detach()
@@ -158,6 +158,7 @@ def attach(
     optimizer: torch.optim.Optimizer | None = None,
     targets: Iterable[str] = (),
     skip: Iterable[str] = (),
+    regroup: bool = False,
     **options: object,
 ) -> Handle:
     """Make a model's weights sparse while it trains: one line here, and `handle.step()` after `optimizer.step()`.
@@ -168,6 +169,7 @@ def attach(
             are found by name, and parametrize keeps the same Parameter object.
         targets: glob patterns of layers, "re:" for regular expressions; empty = all but the output head.
         skip: layers to leave alone.
+        regroup: let patterns that tie rows choose which rows they tie, anew with each support.
 
     Example:
         >>> handle = attach(model, "gradual_magnitude", density=0.1, total_steps=1000, optimizer=opt)  # doctest: +SKIP
@@ -181,6 +183,7 @@ def attach(
             f"a Sparsifier has its options already; {', '.join(options)} would be ignored, leave them out"
         )
     sparsifier = get_method(method)(**options) if isinstance(method, str) else method
+    sparsifier = replace(sparsifier, regroup=True) if regroup else sparsifier
     if sparsifier.shrink is not hard:
         raise TargetError(
             f"attach keeps values hard (kept or zero), but {sparsifier.name!r} asks for {sparsifier.shrink}; "

@@ -5,6 +5,7 @@ from .budget import Above, Budget, Density, Gaussian, Keep, Mass, above, density
 from .pattern import Pattern, pattern
 from .policy import OneShot, Policy, Ramp
 from .registry import Method, get_method, method, methods
+from .regroup import regroup, select_regrouped
 from .schedule import Constant, Cosine, Cubic, Exponential, Linear, Schedule, Step
 from .select import select, select_across
 from .shrink import Shrink, hard, soft, straight_through
@@ -51,8 +52,10 @@ __all__ = [
     "method",
     "methods",
     "pattern",
+    "regroup",
     "select",
     "select_across",
+    "select_regrouped",
     "soft",
     "straight_through",
     "uniform",

@@ -11,8 +11,9 @@ from .budget import Budget, Density, Keep, count, resolve
 from .errors import BudgetError, NonFiniteError, PatternError
 from .pattern import Pattern
 from .policy import OneShot, Policy
+from .regroup import regroup, select_regrouped
 from .schedule import Schedule, Span
-from .select import select
+from .select import select, select_across
 from .shrink import Shrink, hard
 from .support import Support
 
@@ -36,6 +37,7 @@ class Sparsifier:
         scope: "layer" = each weight by itself; "model" = all weights are one pool.
         solve: an alternating solver that replaces score, select and shrink (SparseGPT), or None.
         name: the method's name, for reports.
+        regroup: let the pattern choose which rows it ties together, see `gossamer.core.regroup`.
     """
 
     score: Score
@@ -47,6 +49,7 @@ class Sparsifier:
     scope: str = "layer"
     solve: Solver | None = None
     name: str = ""
+    regroup: bool = False
 
     def apply(self, w: Tensor, stats: Stats, *, within: Support | None = None, step: int = 0) -> tuple[Tensor, Support]:
         """One weight → its new values and its support.
@@ -61,9 +64,33 @@ class Sparsifier:
                 raise PatternError(
                     f"{self.name or 'this solver'} cannot choose within a given support; leave within= out"
                 )
-            return self.solve(w, stats, self.pattern, resolve(self.budget, step))
-        support = select(self.score(w, stats), self.pattern, self.budget, within=within, step=step)
+            return self._solved(w, stats, step)
+        support = self.choose(self.score(w, stats), within=within, step=step)
         return self.shrink(w, support), support
+
+    def choose(self, scores: Tensor, *, within: Support | None = None, step: int = 0) -> Support:
+        """The support that scores win, by this sparsifier's pattern and budget."""
+        chosen = select_regrouped if self.regroup else select
+        return chosen(scores, self.pattern, self.budget, within=within, step=step)
+
+    def choose_across(self, scores: Mapping[str, Tensor], *, step: int = 0) -> dict[str, Support]:
+        """The same with one pool over several tensors."""
+        if not self.regroup:
+            return select_across(scores, self.pattern, self.budget, step=step)
+        orders = {n: regroup(s, self.pattern, resolve(self.budget, step)) for n, s in scores.items()}
+        won = select_across({n: s[orders[n]] for n, s in scores.items()}, self.pattern, self.budget, step=step)
+        return {n: Support(s.kept[orders[n].argsort()]) for n, s in won.items()}
+
+    def _solved(self, w: Tensor, stats: Stats, step: int) -> tuple[Tensor, Support]:
+        """Rows are solved one by one or by groups, so their order is the pattern's business alone."""
+        assert self.solve is not None
+        budget = resolve(self.budget, step)
+        if not self.regroup:
+            return self.solve(w, stats, self.pattern, budget)
+        order = regroup(self.score(w, stats), self.pattern, budget)
+        new, support = self.solve(w[order], stats, self.pattern, budget)
+        back = order.argsort()
+        return new[back], Support(support.kept[back])
 
     def at_density(self, density: float) -> Sparsifier:
         """The same sparsifier with another density, at the end of its schedule if it has one (for allocations).

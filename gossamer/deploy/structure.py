@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from ..formats.rowgrouped import alike_first
 
 # A kept weight may happen to be zero: a pattern counts as found when its padding stays under 5 %.
 WASTE = 1.05
@@ -52,7 +55,7 @@ def detect(w_MK: Tensor) -> tuple[Structure, ...]:
     corner_RK = mask_MK[:SAMPLE_ROWS]
     few = int(corner_RK.count_nonzero())
     if kept and few and len(corner_RK) < len(mask_MK):
-        hints = _all(corner_RK, few, HINT)
+        hints = _all(corner_RK, few, HINT) or twins(mask_MK)
         return _all(mask_MK, kept, WASTE) if hints else ()
     return _all(mask_MK, kept, WASTE)
 
@@ -92,11 +95,24 @@ def _blocks(mask_MK: Tensor, kept: int, waste: float) -> list[Structure]:
 
 
 def _groups(mask_MK: Tensor, kept: int, waste: float) -> list[Structure]:
-    return [
-        Structure(f"{g}-row groups", "rowgrouped", (("g", g),))
-        for g in GROUPS
-        if g <= mask_MK.shape[0] and tile_fill(mask_MK, g, 1) <= waste * kept
-    ]
+    found = []
+    for g in GROUPS:
+        if g <= mask_MK.shape[0] and _slots(mask_MK, g) <= waste * kept:
+            found.append(Structure(f"{g}-row groups", "rowgrouped", (("g", g),)))
+    return found
+
+
+def _slots(mask_MK: Tensor, g: int) -> int:
+    """Entries that groups of g rows cover, in the order of rows that the format would take."""
+    order = alike_first(mask_MK, g)
+    return tile_fill(mask_MK[order.long()] if order.numel() else mask_MK, g, 1)
+
+
+def twins(mask_MK: Tensor) -> bool:
+    """Whether about every row shares its support with another one, wherever that stands."""
+    bits = np.packbits(mask_MK.cpu().numpy(), axis=1)
+    kinds = np.unique(bits.view(f"V{bits.shape[1]}").ravel()).size
+    return kinds <= HINT * len(mask_MK) / 2
 
 
 def _n_of_m(mask_MK: Tensor, kept: int, waste: float) -> list[Structure]:

@@ -24,7 +24,7 @@ def group_rows(fmt: Format) -> int:
 
 @singledispatch
 def lower(fmt: Format) -> Stream:
-    """The stream of a stored weight. Values must be float32."""
+    """The stream of a stored weight, its rows in the order they are stored in. Values must be float32."""
     raise NotImplementedError(f"{type(fmt).__name__} does not lower to a stream")
 
 

@@ -44,6 +44,8 @@ class Spmm:
     stream: Stream
     product: Callable[..., Tensor]
     product_of_columns: Callable[..., Tensor]
+    order_M: Tensor | None = None  # of the stored rows, where it is not their own
+    back_M: Tensor | None = None
 
     @staticmethod
     def refuse(call: Call) -> str | None:
@@ -57,17 +59,27 @@ class Spmm:
     def prepare(cls, call: Call) -> Spmm:
         from gossamer.kernels.cpu.spmm import spmm, spmm_columns
 
-        return cls(lower(call.fmt), spmm, spmm_columns)
+        order = getattr(call.fmt, "order", None)
+        if order is None or not order.numel():
+            return cls(lower(call.fmt), spmm, spmm_columns)
+        return cls(lower(call.fmt), spmm, spmm_columns, order.long(), order.argsort())
 
     def run(self, x_TK: Tensor, bias_M: Tensor | None, activation: str) -> Tensor:
-        return self.product(self.stream, x_TK, bias_M, activation)
+        y_TM = self.product(self.stream, x_TK, self._stored(bias_M), activation)
+        return y_TM if self.back_M is None else y_TM.index_select(1, self.back_M)
 
     def run_columns(self, x_KN: Tensor, bias_M: Tensor | None, activation: str) -> Tensor:
         """The same product over columns: x [K, N] to y [M, N], the layout of images."""
-        return self.product_of_columns(self.stream, x_KN, bias_M, activation)
+        y_MN = self.product_of_columns(self.stream, x_KN, self._stored(bias_M), activation)
+        return y_MN if self.back_M is None else y_MN.index_select(0, self.back_M)
+
+    def _stored(self, bias_M: Tensor | None) -> Tensor | None:
+        """The bias in the order of the stored rows."""
+        return bias_M if bias_M is None or self.order_M is None else bias_M.index_select(0, self.order_M)
 
     def laid_out(self) -> tuple[Tensor, ...]:
-        return self.stream.starts_BG, self.stream.indices_E, self.stream.values_EG
+        orders = () if self.order_M is None or self.back_M is None else (self.order_M, self.back_M)
+        return self.stream.starts_BG, self.stream.indices_E, self.stream.values_EG, *orders
 
 
 @kernel("linear", Bitmask, name="decode", backend="cpu", devices=("cpu",))

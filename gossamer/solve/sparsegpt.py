@@ -58,6 +58,23 @@ def sparsegpt(
     return w_KM.t().reshape(w.shape).to(w.dtype), support
 
 
+def saliency(w: Tensor, stats: Stats, *, damping: float = 0.01) -> Tensor:
+    """w_ij²/U_jj²: what cutting each entry costs before any of them is made up for; ranks rows for regrouping.
+
+    Args:
+        w: as for `sparsegpt`.
+        stats: needs "gram", [K, K].
+        damping: as for `sparsegpt`.
+
+    Raises:
+        CalibrationError: no Gram matrix, or one that no damping makes positive definite.
+    """
+    k = w[0].numel()
+    v_KK, dead_K = factor(statistic(stats, "gram", (k, k)).to(w.device), damping=damping)
+    scale_K = torch.where(dead_K, 0, v_KK.diagonal()).to(torch.float32)
+    return (w.detach().float().flatten(1) * scale_K).square_().view(w.shape)
+
+
 @dataclass(frozen=True)
 class _Sweep:
     """One walk over a weight. With D = W − Ŵ, a column's value when its turn comes is w_j + (Σ_{i<j} d_i V_ij)/V_jj.

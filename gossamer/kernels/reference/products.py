@@ -71,7 +71,8 @@ def _(fmt: NM, x_KT: Tensor) -> Tensor:
 @product.register
 def _(fmt: RowGrouped, x_KT: Tensor) -> Tensor:
     groups_E = owners(fmt.indptr, fmt.indices.numel())
-    return grouped(fmt.values, groups_E, fmt.indices, fmt.grid[0] // fmt.g, x_KT)[: fmt.rows]
+    y_MT = grouped(fmt.values, groups_E, fmt.indices, fmt.grid[0] // fmt.g, x_KT)[: fmt.rows]
+    return torch.empty_like(y_MT).index_copy_(0, fmt.order.long(), y_MT) if fmt.order.numel() else y_MT
 
 
 @product.register

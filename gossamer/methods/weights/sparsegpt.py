@@ -7,7 +7,7 @@ from functools import partial
 from gossamer.core import Pattern, Sparsifier, budget_for, method
 from gossamer.core.errors import BudgetError
 from gossamer.core.pattern import pattern as read
-from gossamer.score import magnitude
+from gossamer.solve import saliency
 from gossamer.solve import sparsegpt as solve
 
 
@@ -43,7 +43,7 @@ def sparsegpt(
         raise BudgetError(f"sparsegpt needs damping > 0 and block >= 1, got {damping} and {block}; try 0.01 and 128")
     who = read(pattern)
     return Sparsifier(
-        score=magnitude,
+        score=partial(saliency, damping=damping),
         pattern=who,
         budget=budget_for(who, density, default=0.5),
         needs=("gram",),
