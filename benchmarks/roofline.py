@@ -37,9 +37,10 @@ class Roof:
     l2_gbs: float
     memory_gbs: float
 
-    def ms(self, flops: float = 0.0, bytes: float = 0.0) -> float:  # the names of a problem's `work`
-        """The least time for so many float32 operations and bytes from memory: whichever takes longer."""
-        return max(flops / self.fp32_gflops, bytes / self.memory_gbs) / 1e6
+    def ms(self, *, flops: float = 0.0, bf16_flops: float = 0.0, bytes: float = 0.0) -> float:
+        """The least time for a problem's `work`, operations in each type and bytes from memory: whichever is longer."""
+        arithmetic = flops / self.fp32_gflops + bf16_flops / (self.bf16_gflops or self.fp32_gflops)
+        return max(arithmetic, bytes / self.memory_gbs) / 1e6
 
 
 def measure(threads: int) -> Roof:

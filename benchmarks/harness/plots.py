@@ -90,12 +90,19 @@ def _panel(axes: Axes, compared: Comparison, value: str, threads: int, roof: Roo
             axes.plot(*zip(*points), marker=MARKERS[k % len(MARKERS)], ms=5, color=colour, lw=1.6, label=solver)
     _bounds(axes, compared, own, roof)
     axes.axhline(1.0, color=LIGHT.faint, lw=1)
+    axes.yaxis.set_major_locator(_locator())
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}×")
     axes.yaxis.set_minor_formatter(lambda y, _: "")
     densities = sorted({compared.problem.case(o.case).labels.get("density") for o in own} - {None})
     axes.set_xticks(densities, [f"{d:g}" for d in densities])
     axes.set_xticks([], minor=True)
     axes.invert_xaxis()
+
+
+def _locator():
+    from matplotlib.ticker import LogLocator
+
+    return LogLocator(subs=(1.0, 2.0, 5.0))
 
 
 def _bounds(axes: Axes, compared: Comparison, own: list, roof: Roof | None) -> None:
@@ -120,6 +127,8 @@ def _roof_point(compared: Comparison, outcome, roof: Roof) -> tuple[float, float
 
 def _legend(drawn, grid) -> None:
     found = {name: line for row in grid for axes in row for line, name in zip(*axes.get_legend_handles_labels())}
+    lines = [n for n in ("1/density", "roofline") if n in found]
+    found = {n: found[n] for n in [*(n for n in found if n not in lines), *lines]}
     drawn.legend(found.values(), found.keys(), loc="outside lower center", ncols=4, fontsize=9)
 
 

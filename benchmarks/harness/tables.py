@@ -11,7 +11,7 @@ EMPTY = "–"
 def heads(compared: Comparison) -> list[str]:
     """Labels, threads, solver, time, noise, rate, further measures, and a speed-up per group."""
     problem = compared.problem
-    rate = ["kept GF/s"] if any("flops" in o.work for o in compared.outcomes) else []
+    rate = ["kept GF/s"] if any(_flops(o) for o in compared.outcomes) else []
     figures = ["ms", "noise", *rate, *problem.measures.values()]
     return [*_labels(compared), "threads", "solver", *figures, *(f"over {g}" for g in _measured(compared))]
 
@@ -58,10 +58,15 @@ def _row(compared: Comparison, o: Outcome, columns: list[str]) -> list[str]:
     labels = problem.case(o.case).labels
     cells = {name: str(labels.get(name, "")) for name in _labels(compared)}
     cells |= {"threads": str(o.threads), "solver": o.solver, "ms": f"{o.median_ms:.3f}", "noise": f"{o.noise:.0%}"}
-    cells["kept GF/s"] = f"{o.work['flops'] / o.median_ms / 1e6:.0f}" if compared.sparse[o.solver] and o.work else ""
+    if compared.sparse[o.solver] and _flops(o):
+        cells["kept GF/s"] = f"{_flops(o) / o.median_ms / 1e6:.0f}"
     cells |= {title: _measure(compared, o, name) for name, title in problem.measures.items()}
     cells |= {f"over {r.group}": _times(r, len(problem.groups[r.group])) for r in compared.ratios(o)}
     return [cells.get(name, "") for name in columns]
+
+
+def _flops(o: Outcome) -> float:
+    return o.work.get("flops", 0.0) + o.work.get("bf16_flops", 0.0)
 
 
 def _measure(compared: Comparison, o: Outcome, name: str) -> str:

@@ -17,7 +17,14 @@ CASES = [
     for z in ZEROS
 ]
 GROUPS = {
-    "best dense engine": ("torch_eager", "torch_onednn", "torch_compile", "onnxruntime_fp32", "openvino_fp32"),
+    "best dense engine": (
+        "torch_eager",
+        "torch_onednn",
+        "torch_compile",
+        "onnxruntime_fp32",
+        "openvino_fp32",
+        "litert_fp32",
+    ),
     "DeepSparse": ("deepsparse_fp32",),
     "torch CSR": ("torch_csr",),
     "scipy CSR": ("scipy_csr",),
@@ -46,3 +53,8 @@ def export(case, data, folder):
     np.savez(folder / "inputs.npz", x=data.x.numpy())
     for name in ("model.onnx", "model-old.onnx"):
         (folder / name).write_bytes(onnx_bytes(data))
+    layers = enumerate(data.layers)
+    parts = {f"w{i}": (a.w_MCHW if a.kernel else a.w_MK).numpy() for i, a in layers}
+    parts |= {f"b{i}": a.bias_M.numpy() for i, a in enumerate(data.layers)}
+    parts |= {f"relu{i}": np.array(a.activation == "relu") for i, a in enumerate(data.layers)}
+    np.savez(folder / "layers.npz", x=data.x.numpy(), **parts)
