@@ -2,7 +2,8 @@
 
 `gossamer::sparse_linear(x, parts, meta, bias, activation, backend, tokens)` is
 y = act(x Wᵀ + b), with W given by a format's parts (in the format's own order) and its record as JSON. Plans are
-kept per values tensor and renewed when it changes.
+kept per values tensor and renewed when it changes, unless the kernel reads the values where they are. Gradients of
+CSR and row-grouped float32 weights on the CPU cost what is kept (`kernels.training`); others go through the dense W.
 
 Shapes: T tokens (any leading axes), M output rows, K input columns.
 """
@@ -10,7 +11,7 @@ Shapes: T tokens (any leading axes), M output rows, K input columns.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -24,6 +25,7 @@ from gossamer.core.errors import FormatError
 from gossamer.formats import Format, format_from, format_named
 from gossamer.kernels.dispatch import Plan, resolve
 from gossamer.kernels.reference import activation_gradient
+from gossamer.kernels.training import gradients, serves, wiring_of
 
 LIBRARY = torch.library.Library("gossamer", "DEF")
 LIBRARY.define(
@@ -97,30 +99,37 @@ def width_error(x: Tensor, cols: int) -> FormatError:
 
 @dataclass(frozen=True)
 class _Kept:
-    """A plan, and what its parts were when it was made."""
+    """A plan, and what its parts and their values were when it was made."""
 
     state: tuple
+    values: tuple[int, int]
     plan: Plan
+
+    def serves(self, state: tuple, values: tuple[int, int]) -> bool:
+        """Whether the plan still holds; a step of training changes values in place, which some kernels may ignore."""
+        in_place = getattr(self.plan.runner, "READS_IN_PLACE", False) and self.values[0] == values[0]
+        return self.state == state and (in_place or self.values == values)
 
 
 _PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _state(parts: Sequence[Tensor], *asked: object) -> tuple:
-    """Changes whenever a part is swapped, moved or written to, or something else is asked for."""
-    seen = tuple((part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts)
-    return seen, asked
+def _seen(part: Tensor) -> tuple[int, int]:
+    """Changes whenever a part is swapped, moved or written to."""
+    return part.data_ptr(), 0 if part.is_inference() else part._version
 
 
 def plan_for(parts: Sequence[Tensor], meta: str, *, backend: str, tokens: int | None, trusted: bool = False) -> Plan:
     """The plan kept for these parts, made afresh when they changed. Trusted parts are not checked again."""
-    named, state = _named(parts, meta), _state(parts, meta, backend, tokens)
+    named = _named(parts, meta)
+    values = _seen(named["values"])
+    state = (meta, backend, tokens, *(_seen(part) for name, part in named.items() if name != "values"))
     found = _PLANS.get(named["values"])
-    if found is None or found.state != state:
+    if found is None or not found.serves(state, values):
         # Aliases, so that the kept plan does not keep its own key alive.
         aliases = {name: part.detach() for name, part in named.items()}
         fmt = _unchecked(aliases, meta) if trusted else format_from(_meta(meta), aliases)
-        found = _Kept(state, resolve(fmt, tokens=tokens, backend=backend or None))
+        found = _Kept(state, values, resolve(fmt, tokens=tokens, backend=backend or None))
         _PLANS[named["values"]] = found
     return found.plan
 
@@ -135,7 +144,7 @@ def _unchecked(parts: dict[str, Tensor], meta: str) -> Format:
     return format_named(_meta(meta)["format"])(**options, **parts)
 
 
-def _forward(
+def forward(
     x: Tensor, parts: list[Tensor], meta: str, bias: Tensor | None, activation: str, backend: str, tokens: int | None
 ) -> Tensor:
     plan = plan_for(parts, meta, backend=backend, tokens=tokens)
@@ -174,7 +183,7 @@ def _fake(x, parts, meta, bias, activation, backend, tokens):
     return x.new_empty(*x.shape[:-1], rows)
 
 
-def _backward(
+def backward(
     grad: Tensor,
     x: Tensor,
     parts: list[Tensor],
@@ -185,23 +194,30 @@ def _backward(
     need_values: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    fmt = _unchecked({name: part.detach() for name, part in _named(parts, meta).items()}, meta)
-    w_MK, tokens = fmt.to_dense(), x.shape[:-1].numel()
+    named = _named(parts, meta)
+    fmt = _unchecked({name: part.detach() for name, part in named.items()}, meta)
+    tokens = x.shape[:-1].numel()
     x_TK, grad_TM = x.reshape(tokens, fmt.cols), grad.reshape(tokens, fmt.rows)
     with torch.autocast(x.device.type, enabled=False):
-        dz_TM = _through_activation(grad_TM, x_TK, w_MK, bias, activation)
+        if serves(fmt):
+            wiring = wiring_of(fmt, named["indices"])
+            dz_TM = _before(grad_TM, activation, lambda: wiring.product(x_TK, fmt.values, bias))
+            dx, dvalues = gradients(wiring, fmt.values, dz_TM, x_TK, need_x=need_x, need_values=need_values)
+        else:
+            w_MK = fmt.to_dense()
+            dz_TM = _before(grad_TM, activation, lambda: linear(x_TK, w_MK, bias))
+            dx = dz_TM @ w_MK if need_x else None
+            dvalues = fmt.gather(dz_TM.t() @ x_TK).contiguous() if need_values else None
         return (
-            (dz_TM @ w_MK).view(x.shape) if need_x else x.new_empty(0),
-            fmt.gather(dz_TM.t() @ x_TK).contiguous() if need_values else x.new_empty(0),
+            x.new_empty(0) if dx is None else dx.view(x.shape),
+            x.new_empty(0) if dvalues is None else dvalues,
             dz_TM.sum(0) if need_bias else x.new_empty(0),
         )
 
 
-def _through_activation(grad_TM: Tensor, x_TK: Tensor, w_MK: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+def _before(grad_TM: Tensor, activation: str, product: Callable[[], Tensor]) -> Tensor:
     """The gradient before the activation; its input is computed again rather than kept."""
-    if activation == "none":
-        return grad_TM
-    return activation_gradient(grad_TM, linear(x_TK, w_MK, bias), activation)
+    return grad_TM if activation == "none" else activation_gradient(grad_TM, product(), activation)
 
 
 def _fake_backward(grad, x, parts, meta, bias, activation, need_x, need_values, need_bias):
@@ -231,15 +247,15 @@ def _autograd(ctx, grad):
     return dx if need_x else None, dparts, None, dbias if need_bias else None, None, None, None
 
 
-def _no_second_derivative(ctx, *grads):
+def no_second_derivative(ctx, *grads):
     raise NotImplementedError(
-        "gossamer::sparse_linear has first derivatives only; for second ones differentiate the dense layer, unpack()"
+        "sparse products have first derivatives only; for second ones differentiate the dense layer (unpack, to_dense)"
     )
 
 
-LIBRARY.impl("sparse_linear", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("sparse_linear_backward", _backward, "CompositeExplicitAutograd")
+LIBRARY.impl("sparse_linear", forward, "CompositeExplicitAutograd")
+LIBRARY.impl("sparse_linear_backward", backward, "CompositeExplicitAutograd")
 torch.library.register_fake("gossamer::sparse_linear", _fake, lib=LIBRARY)
 torch.library.register_fake("gossamer::sparse_linear_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_autograd("gossamer::sparse_linear", _autograd, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_autograd("gossamer::sparse_linear_backward", _no_second_derivative, lib=LIBRARY)
+torch.library.register_autograd("gossamer::sparse_linear_backward", no_second_derivative, lib=LIBRARY)

@@ -41,6 +41,9 @@ def cannot_run_here(name: str, module: str) -> str | None:
 class Spmm:
     """Sparse x dense in float32, activations in panels that stay in the first-level cache."""
 
+    # Streams share the memory of a format's values, so that training may change them under a plan.
+    READS_IN_PLACE = True
+
     stream: Stream
     product: Callable[..., Tensor]
     product_of_columns: Callable[..., Tensor]

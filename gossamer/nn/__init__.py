@@ -2,5 +2,6 @@
 
 from gossamer.nn.conv import PackedConv2d, is_pointwise
 from gossamer.nn.linear import PackedLinear
+from gossamer.nn.sparse_linear import Move, SparseLinear, carry
 
-__all__ = ["PackedConv2d", "PackedLinear", "is_pointwise"]
+__all__ = ["Move", "PackedConv2d", "PackedLinear", "SparseLinear", "carry", "is_pointwise"]
