@@ -2,6 +2,7 @@
 
 report = gossamer.prune(model, "wanda", density=0.5, pattern="2:4", data=batches)
 packed = gossamer.pack(model, example)
+fast = gossamer.compile(packed, example)
 gossamer.save(packed, "folder")
 model = gossamer.load("folder")
 """
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 # The rest loads on first use, so that `import gossamer` costs next to nothing beyond torch.
 _HOME = {
     "prune": "recipes.prune",
+    "compile": "runtime.compiled",
     **dict.fromkeys(("load", "pack", "report_of", "save", "unpack"), "deploy"),
     **dict.fromkeys(("spgemm", "spgemm_plan"), "kernels.spgemm"),
 }
@@ -30,6 +32,7 @@ __all__ = [
     "Sparsifier",
     "Support",
     "attach",
+    "compile",
     "get_method",
     "load",
     "method",

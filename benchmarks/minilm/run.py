@@ -51,7 +51,7 @@ def main() -> None:
         own = (s.name, f"{s.score:.2%}", f"{100 * (s.score - measured.dense.score):+.2f}")
         agrees = "" if s.agreement is None else f"{s.agreement:.1%}"
         times = compare.speedup(measured, r)
-        name = own[0] if r.engine == "gossamer" else f"{own[0]}: {r.engine}"
+        name = own[0] if r.engine == "gossamer" else f"{own[0]}: {r.engine.removeprefix('gossamer, ')}"
         cells.append(
             (
                 name,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..deploy.engines import Speed
     from .models import Loaded
 
-OURS = "gossamer"
+OURS, LAYERS = "gossamer", "gossamer, layer by layer"
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,26 @@ def bench(
 
 
 def _ways(loaded: Loaded) -> dict[str, nn.Module]:
-    """Engines by name; the packed model first, where it is one."""
+    """Engines by name; the packed model first, where it is one: as one network, and as its modules call each other."""
     from ..deploy import unpack
     from ..deploy.layers import packed_layers
 
     if not packed_layers(loaded.model):
         return {"torch": loaded.model}
-    return {OURS: loaded.model, "torch": unpack(loaded.model)}
+    return {OURS: loaded.model, LAYERS: loaded.model, "torch": unpack(loaded.model)}
+
+
+def _compiled(ways: Ways, inputs: Inputs) -> tuple[dict[str, nn.Module], str]:
+    """The packed model followed as one network; left out, with the reason, where it cannot be."""
+    from ..core.errors import GossamerError
+    from ..runtime.compiled import compile
+
+    if OURS not in ways:
+        return dict(ways), ""
+    try:
+        return {**ways, OURS: compile(ways[OURS], inputs)}, ""
+    except GossamerError as error:
+        return {name: model for name, model in ways.items() if name != OURS}, str(error)
 
 
 Ways = "Mapping[str, nn.Module]"
@@ -95,7 +108,8 @@ def _by_turns(
     ways: Ways, inputs: Inputs, counts: Sequence[int], repeats: int, work: int, progress: Report
 ) -> list[Line]:
     """In this process, one thread count after the other."""
-    lines = []
+    ways, reason = _compiled(ways, inputs)
+    lines = [Line(OURS, count, 0.0, 0.0, 0.0, 0.0, reason) for count in counts if reason]
     for done, count in enumerate(counts, 1):
         lines += _at(ways, inputs, count, repeats, work)
         progress(f"{count} threads", done, len(counts))
@@ -108,11 +122,11 @@ def _beside_engines(
     """Each engine in a process of its own, the best dense fp32 one to be set against."""
     from ..deploy.engines import measure_engines
 
-    packed = {OURS: ways[OURS]} if OURS in ways else {}
+    packed, whole = ({n: ways[n] for n in (name,) if n in ways} for name in (LAYERS, OURS))
     speeds = measure_engines(
-        ways["torch"], inputs, packed=packed, threads=counts, seconds_each=0.2 * repeats, progress=progress
+        ways["torch"], inputs, packed=packed, whole=whole, threads=counts, seconds_each=0.2 * repeats, progress=progress
     )
-    dense = [s for s in speeds if s.engine != OURS and s.batch_ms and _precision(s.engine) == "fp32"]
+    dense = [s for s in speeds if s.engine not in (OURS, LAYERS) and s.batch_ms and _precision(s.engine) == "fp32"]
     best = {count: min((s.batch_ms for s in dense if s.threads == count), default=0.0) for count in counts}
     per_item = work / speeds[0].batch
     return [
@@ -133,7 +147,7 @@ def _beside_engines(
 def _beside_rounding(ours: Speed, speeds: Sequence[Speed]) -> str:
     """Our row says how it stands to an engine that rounds, too, where that one was measured."""
     same = [s for s in speeds if s.threads == ours.threads and s.batch_ms and _precision(s.engine) != "fp32"]
-    if ours.engine != OURS or not ours.batch_ms or not same:
+    if ours.engine not in (OURS, LAYERS) or not ours.batch_ms or not same:
         return ""
     best = min(same, key=lambda s: s.batch_ms)
     return f"{best.batch_ms / ours.batch_ms:.2f}× the speed of {best.engine}, which rounds ({ours.threads} threads)"

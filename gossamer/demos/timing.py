@@ -17,6 +17,8 @@ from ..report.record import EngineRow
 
 Progress = Callable[[str, int, int], None]
 THREADS = (1, 2)
+# A packed model run as one network, and as its modules call each other.
+WHOLE, LAYERS = "gossamer", "gossamer, layer by layer"
 
 
 def encoder_rows(
@@ -27,7 +29,7 @@ def encoder_rows(
     seconds: float,
     progress: Progress | None = None,
 ) -> tuple[list[EngineRow], list[str]]:
-    """The dense model in every engine and the packed ones in gossamer, one and two threads.
+    """The dense model in every engine and the packed ones in gossamer, as a whole and by layers, one and two threads.
 
     Args:
         packed: packed models by setting.
@@ -37,19 +39,26 @@ def encoder_rows(
     Returns:
         Rows, and a note for every engine that could not run.
     """
-    jobs = (5 + len(packed)) * len(THREADS)
+    jobs = (5 + 2 * len(packed)) * len(THREADS)
     speeds = measure_engines(
-        dense, example, packed=packed, threads=THREADS, seconds_each=max(0.6, seconds / jobs), progress=progress
+        dense,
+        example,
+        packed={f"{name}, {LAYERS}": model for name, model in packed.items()},
+        whole=packed,
+        threads=THREADS,
+        seconds_each=max(0.6, seconds / jobs),
+        progress=progress,
     )
     rows = [_row(s, packed) for s in speeds if s.throughput is not None]
     return rows, [f"{s.engine} with {s.threads} threads did not run: {s.note}" for s in speeds if s.throughput is None]
 
 
 def _row(s: Speed, packed: Mapping[str, nn.Module]) -> EngineRow:
-    ours = s.engine in packed
+    setting = s.engine.removesuffix(f", {LAYERS}")
+    ours = LAYERS if setting != s.engine else WHOLE
     return EngineRow(
-        setting=s.engine if ours else "dense",
-        engine="gossamer" if ours else s.engine,
+        setting=setting if setting in packed else "dense",
+        engine=ours if setting in packed else s.engine,
         threads=s.threads,
         latency_ms=s.latency_ms,
         latency_iqr=s.latency_iqr,
@@ -104,7 +113,7 @@ def _token_row(name: str, threads: int, taken: list[float], *, ours: bool) -> En
     time_ms = median(taken)
     return EngineRow(
         setting=name if ours else "dense",
-        engine="gossamer" if ours else name,
+        engine=WHOLE if ours else name,
         threads=threads,
         latency_ms=time_ms.ms,
         latency_iqr=time_ms.spread,

@@ -23,7 +23,7 @@ from ..core.errors import BudgetError, GossamerError, unknown
 from .examples import Example, call, difference, tensors
 from .export import export_onnx, named_inputs
 from .pack import pack
-from .runners import bind_torch, runner
+from .runners import RUNNERS, bind_torch, runner
 from .save import save
 from .skeleton import describe
 from .tensors import memory_bytes
@@ -31,6 +31,9 @@ from .timing import in_turn, median, torch_threads
 
 # Relative to the largest output; bf16 keeps 8 bits and its error grows over a model's depth.
 TOLERANCE = {"torch": 1e-3, "onnxruntime": 1e-3, "openvino": 1e-3, "openvino-bf16": 1e-1}
+OTHERWISE = 1e-3
+# The runner of a whole network stands in a room above this one.
+WHOLE = "gossamer.runtime.runner:whole_network"
 LATENCY, THROUGHPUT = "latency", "throughput"
 # Limit on starting, loading and checking one engine; a busy machine may need tens of seconds.
 START_SECONDS = 180.0
@@ -129,6 +132,7 @@ def measure_engines(
     example: Example,
     *,
     packed: Mapping[str, nn.Module] | None = None,
+    whole: Mapping[str, nn.Module] | None = None,
     single: Example | None = None,
     threads: Sequence[int] = (1, 2),
     seconds_each: float = 2.0,
@@ -145,7 +149,8 @@ def measure_engines(
     Args:
         dense: the dense model: of transformers or gossamer.data.vision, for its class is built again elsewhere.
         example: a batch; its first axis counts items.
-        packed: packed models by name.
+        packed: packed models by name, run layer by layer.
+        whole: packed models by name, run as `gossamer.compile` makes them.
         single: one item, for the latency; by default the first of the batch.
         threads: numbers of threads.
         seconds_each: time spent on each engine at each number of threads, besides its start.
@@ -172,6 +177,8 @@ def measure_engines(
         bench.add_dense(dense, include)
         for name, model in (packed or {}).items():
             bench.add_packed(name, model)
+        for name, model in (whole or {}).items():
+            bench.add_packed(name, model, kind=WHOLE)
         return bench.run(threads, seconds_each, rounds)
 
 
@@ -215,12 +222,12 @@ class _Bench:
         if any(e.kind != "torch" for e in chosen):
             self._export(model)
 
-    def add_packed(self, name: str, model: nn.Module) -> None:
+    def add_packed(self, name: str, model: nn.Module, kind: str = "torch") -> None:
         from .. import __version__
 
         self._want(name, model)
         where = self._saved(name, model)
-        engine = Engine(name, "torch", __version__)
+        engine = Engine(name, kind, __version__)
         self.entries.append(_Entry(engine, dict.fromkeys(self.cases, where), name, memory_bytes(model)))
 
     def run(self, threads: Sequence[int], seconds_each: float, rounds: int) -> list[Speed]:
@@ -269,7 +276,7 @@ class _Bench:
         except GossamerError as error:
             problem = str(error)
         for entry in self.entries:
-            if entry.engine.kind != "torch":
+            if entry.engine.kind in RUNNERS and entry.engine.kind != "torch":
                 entry.models, entry.problem = files, problem
 
     def _start(self, stack: ExitStack, entry: _Entry, threads: int) -> _Worker | str:
@@ -284,7 +291,7 @@ class _Bench:
             for case in self.cases
         }
         kind = entry.engine.kind
-        spec = {"kind": kind, "threads": threads, "tolerance": TOLERANCE[kind], "cases": cases}
+        spec = {"kind": kind, "threads": threads, "tolerance": TOLERANCE.get(kind, OTHERWISE), "cases": cases}
         file = self.folder / f"{_slug(entry.engine.name)}.{threads}.json"
         file.write_text(json.dumps(spec))
         return stack.enter_context(_worker(file, threads))

@@ -6,6 +6,7 @@ Every runner maps named inputs to a list of output arrays. None of them imports 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,7 +103,10 @@ RUNNERS = {
 
 
 def runner(kind: str, model: str | Path, threads: int) -> Callable[[Arrays], Run]:
-    """The runner of that kind. Raises UnknownName with near names."""
+    """The runner of that kind, or of another room as "module:function". Raises UnknownName with near names."""
+    if ":" in kind:
+        module, _, function = kind.partition(":")
+        return getattr(import_module(module), function)(model, threads)
     if kind not in RUNNERS:
         raise unknown("engine", kind, RUNNERS)
     return RUNNERS[kind](model, threads)

@@ -39,7 +39,7 @@ def _prepare(spec: dict) -> tuple[dict[str, Callable[[], object]], dict[str, obj
 
     from .runners import runner
 
-    if spec["kind"] == "torch":
+    if spec["kind"] == "torch" or ":" in spec["kind"]:
         _warm_imports(spec)
     cases, worst, before, grown = {}, 0.0, resident_bytes(), None
     bind_of: dict[str, Callable] = {}

@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"core"},
     # A saved vision model is built again from the classes in data.vision.
     "deploy": BELOW_METHODS | {"methods", "data"},
+    "runtime": BELOW_METHODS | {"deploy"},
 }
 # These stand on top and may import everything.
 TOP = {"report", "cli", "demos", "__init__", "__main__"}

@@ -1,0 +1,157 @@
+"""compile: a whole network as one list of kernel calls on panels."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..core.errors import GossamerError
+from ..deploy.examples import TOLERANCE, Example, difference, tensors
+from ..deploy.layers import packed_layers
+from ..deploy.unpack import unpack
+from . import tokens
+from .capture import Call, Captured, CaptureError, capture
+from .operators import Attention, Combine, Norm, Product, Rotary
+from .passes import simplify
+from .plan import Plan, Recorder, Value
+from .weights import Weights
+
+# Plans kept at rest per set of shapes, and sets of shapes kept: each plan owns memory for its activations.
+MOST_AT_REST, MOST_SHAPES = 4, 32
+
+
+def compile(model: nn.Module, example: Example) -> Compiled:
+    """Follow a sparse network as a whole and run it as one list of kernel calls.
+
+    Between layers activations stay in the layout that the sparse products read; bias, batch norm, activation and
+    residual sums are part of the products; attention, norms and pooling are kernels on the same layout. What has
+    no kernel here is called as torch has it. Each product measures which form of its weight is fastest on the
+    shapes it meets. Sizes that the model leaves open, batch and length, stay open; a plan is made for each set of
+    sizes that comes by.
+
+    Args:
+        model: pruned (zeros in its weights) or packed; it is not changed, and later changes to it are not seen.
+        example: one call of the model, as for `pack`.
+
+    Returns:
+        A module to call like the model, for inference on the CPU in float32. `.explain()` shows the plan.
+
+    Raises:
+        CaptureError: the model cannot be followed as one graph.
+        NonFiniteError: a weight holds NaN or infinity.
+
+    Departs from `torch.compile`: no compiler is called, weights are constants, and sparse ones pay.
+
+    Example:
+        >>> fast = compile(model, batch)  # doctest: +SKIP
+        >>> fast(**batch)  # doctest: +SKIP
+    """
+    model = _plain(model)
+    call = Call.of_example(example)
+    args, kwargs = call.arguments()
+    with torch.no_grad():
+        want = [t for t in tensors(model(*args, **kwargs))]
+    captured = capture(model, call)
+    compiled = Compiled(captured, type(model).__name__)
+    got = [t for t in tensors(compiled(*args, **kwargs))]
+    off = difference(got, want)
+    if off > 10 * TOLERANCE[torch.float32]:
+        raise CaptureError(f"the compiled {type(model).__name__} is off by {off:.1e} on the example; run it as it is")
+    return compiled
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The model with dense layers, at rest; packed ones are unpacked on a copy."""
+    if any(True for _ in packed_layers(model)):
+        return unpack(copy.deepcopy(model)).eval()
+    if model.training:
+        model = copy.deepcopy(model).eval()
+    return model
+
+
+class Compiled(nn.Module):
+    """A network followed as a whole; made by `compile`. Calls may come from several threads at once."""
+
+    def __init__(self, captured: Captured, name: str) -> None:
+        super().__init__()
+        self.captured, self.name = captured, name
+        self.passes = simplify(captured.graph, captured.constants)
+        self._weights: dict[Product, Weights] = {}
+        self._at_rest: dict[tuple, list[Plan]] = {}
+        self._lock = threading.Lock()
+        self._lowerings = {
+            Product: self._product,
+            Norm: tokens.norm,
+            Attention: tokens.attention,
+            Combine: tokens.combine,
+            Rotary: tokens.rotary,
+            "rows": _to_rows,
+        }
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        call = Call.of(args, kwargs)
+        if (reason := self.captured.refuse(call)) is not None:
+            raise GossamerError(f"{self.name} was compiled for another call: {reason}; compile it for this one")
+        key = (torch.get_num_threads(), tuple(t.shape for t in call.tensors))
+        with torch.inference_mode():
+            plan = self._taken(key, call.tensors)
+            outputs = plan.run(call.tensors)
+        self._returned(key, plan)
+        return pytree.tree_unflatten(outputs, self.captured.out_spec)
+
+    def _taken(self, key: tuple, inputs: Sequence[Tensor]) -> Plan:
+        with self._lock:
+            resting = self._at_rest.get(key)
+            if resting:
+                return resting.pop()
+        c = self.captured
+        return Plan(c.graph, c.constants, c.inputs, inputs, threads=key[0], lowerings=self._lowerings)
+
+    def _returned(self, key: tuple, plan: Plan) -> None:
+        with self._lock:
+            if key not in self._at_rest and len(self._at_rest) >= MOST_SHAPES:
+                self._at_rest.pop(next(iter(self._at_rest)))
+            resting = self._at_rest.setdefault(key, [])
+            if len(resting) < MOST_AT_REST:
+                resting.append(plan)
+
+    def _product(self, rec: Recorder, node, op: Product) -> Value | None:
+        with self._lock:
+            if op not in self._weights:
+                self._weights[op] = Weights(op.matrix, op.name)
+        weights = self._weights[op]
+        if op.geometry is not None:
+            return None
+        return tokens.product(rec, node, op, weights)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights as laid out."""
+        return sum(w.nbytes for w in self._weights.values())
+
+    def explain(self, example: Example) -> str:
+        """The plan for a call like this one, and where its time goes."""
+        call = Call.of_example(example)
+        key = (torch.get_num_threads(), tuple(t.shape for t in call.tensors))
+        with torch.inference_mode():
+            plan = self._taken(key, call.tensors)
+            timed = plan.profile(call.tensors)
+        self._returned(key, plan)
+        total = sum(ms for _, ms in timed)
+        lines = [f"{self.name}: {len(timed)} steps, {total:.3f} ms, {plan.nbytes / 1e6:.1f} MB of activations"]
+        lines += [f"  {ms:8.4f} ms {ms / total:6.1%}  {step.name:<48} {step.kernel}" for step, ms in timed]
+        return "\n".join(lines)
+
+
+def _to_rows(rec: Recorder, value: Value):
+    return tokens.to_rows(rec, value)

@@ -1,0 +1,140 @@
+"""A product's weight in every form that might be fastest, laid out on first use and shared by all plans."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..core.sparsifier import require_finite
+from ..deploy.structure import density_of, detect, support_of
+from ..formats import CSR, RowGrouped, format_named
+from ..kernels.cpu.stream import Stream
+from ..kernels.lowering import lower
+
+# Rows of a fully kept weight that share their columns, which is all rows: the widest group.
+FULL = 8
+# From here on zeros are multiplied rather than skipped: one row by itself runs at half the speed of a group.
+MOSTLY_KEPT = 0.7
+# Rounds of measuring, and about how long a round may take.
+ROUNDS, ROUND_SECONDS = 5, 1e-3
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to hold a weight.
+
+    Args:
+        name: for people, such as "rowgrouped(g=4)".
+        stream: what the kernels read.
+    """
+
+    name: str
+    stream: Stream
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.stream.starts_BG, self.stream.indices_E, self.stream.values_EG)
+        return sum(p.numel() * p.element_size() for p in parts)
+
+
+class Weights:
+    """The forms of one weight matrix, and which was fastest at which work.
+
+    Args:
+        w_MK: the weight as a matrix.
+        name: of its layer, for errors.
+
+    Raises:
+        NonFiniteError: the weight holds NaN or infinity.
+    """
+
+    def __init__(self, w_MK: Tensor, name: str) -> None:
+        require_finite(w_MK, f"the weight of layer {name!r}")
+        self.w_MK, self.density = w_MK.contiguous(), density_of(w_MK)
+        self._makers = self._possible()
+        self._forms: dict[str, Form] = {}
+        self._fastest: dict[object, str] = {}
+        self._lock = threading.RLock()
+
+    def _possible(self) -> dict[str, Callable[[], Stream]]:
+        makers: dict[str, Callable[[], Stream]] = {}
+        if self.density < MOSTLY_KEPT:
+            for s in detect(self.w_MK):
+                inner = ", ".join(f"{k}={v}" for k, v in s.options)
+                build = partial(format_named(s.format).from_dense, **dict(s.options))
+                if group_rows_of(s.format, dict(s.options)) in (1, 2, 4, 8):
+                    makers[f"{s.format}({inner})"] = partial(self._stored, build)
+            makers["csr"] = partial(self._stored, CSR.from_dense)
+        if self.density > 0.25:
+            makers[f"full(g={FULL})"] = self._full
+        return makers
+
+    def _stored(self, build: Callable) -> Stream:
+        return lower(build(self.w_MK, support_of(self.w_MK)))
+
+    def _full(self) -> Stream:
+        everything = torch.ones(self.w_MK.shape, dtype=torch.bool)
+        return lower(RowGrouped.from_dense(self.w_MK, everything, g=FULL))
+
+    def form(self, name: str) -> Form:
+        with self._lock:
+            if name not in self._forms:
+                self._forms[name] = Form(name, self._makers[name]())
+            return self._forms[name]
+
+    def fastest(self, work: object, ways: Callable[[Form], Callable[[], None] | None]) -> Form:
+        """The form that runs this work fastest: measured once, remembered.
+
+        Args:
+            work: what the time depends on, such as panels, width and threads.
+            ways: a function that runs a form on real memory; None where it cannot.
+        """
+        with self._lock:
+            if work not in self._fastest:
+                self._fastest[work] = self._measured(ways)
+            return self.form(self._fastest[work])
+
+    def _measured(self, ways: Callable[[Form], Callable[[], None] | None]) -> str:
+        runs = {name: ways(self.form(name)) for name in self._makers}
+        able = {name: run for name, run in runs.items() if run is not None}
+        if len(able) == 1:
+            return next(iter(able))
+        times = _in_turn(able)
+        chosen = min(times, key=times.__getitem__)
+        for name in [n for n in self._forms if n != chosen and n not in self._fastest.values()]:
+            del self._forms[name]
+        return chosen
+
+    @property
+    def nbytes(self) -> int:
+        """Of the forms in use."""
+        return sum(form.nbytes for form in self._forms.values())
+
+
+def group_rows_of(name: str, options: Mapping[str, int]) -> int:
+    """Rows that share their columns once lowered."""
+    return options.get("g", options.get("a", 1))
+
+
+def _in_turn(ways: Mapping[str, Callable[[], None]]) -> dict[str, float]:
+    """Seconds of each way at its best, each taking its turn in every round."""
+    best, repeats = {}, {}
+    for name, run in ways.items():
+        run()
+        began = time.perf_counter()
+        run()
+        best[name] = time.perf_counter() - began
+        repeats[name] = max(1, min(20, int(ROUND_SECONDS / max(best[name], 1e-7))))
+    for _ in range(ROUNDS):
+        for name, run in ways.items():
+            began = time.perf_counter()
+            for _ in range(repeats[name]):
+                run()
+            best[name] = min(best[name], (time.perf_counter() - began) / repeats[name])
+    return best
