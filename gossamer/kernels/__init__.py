@@ -1,6 +1,6 @@
 """How a stored weight is computed: `resolve` chooses a kernel once, `explain` says why."""
 
-from gossamer.kernels import dense, ops, sparse
+from gossamer.kernels import dense, gpu, ops, sparse
 from gossamer.kernels.dispatch import BACKENDS, KERNELS, Plan, Refusal, explain, kernel, resolve
 
-__all__ = ["BACKENDS", "KERNELS", "Plan", "Refusal", "dense", "explain", "kernel", "ops", "resolve", "sparse"]
+__all__ = ["BACKENDS", "KERNELS", "Plan", "Refusal", "dense", "explain", "gpu", "kernel", "ops", "resolve", "sparse"]

@@ -18,7 +18,7 @@ from gossamer.core.errors import DispatchError, unknown
 from gossamer.formats import Format
 
 # Tried in this order when no backend is named.
-BACKENDS = ("cpu", "onednn", "dense", "unpack", "reference")
+BACKENDS = ("cpu", "onednn", "dense", "unpack", "triton", "reference")
 
 log = logging.getLogger("gossamer")
 

@@ -7,6 +7,7 @@ import json
 import pkgutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,8 @@ def test_every_module_has_a_docstring():
     silent = []
     for info in pkgutil.walk_packages(gossamer.__path__, "gossamer."):
         if info.name.startswith("gossamer.demos") or info.name == "gossamer.__main__":
+            continue
+        if info.name.startswith("gossamer.kernels.triton.") and find_spec("triton") is None:
             continue
         module = importlib.import_module(info.name)
         if Path(module.__file__).read_text().strip() and not module.__doc__:

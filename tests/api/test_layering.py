@@ -32,7 +32,7 @@ TOP = {"report", "cli", "demos", "__init__", "__main__"}
 # Each takes from a tenth of a second to several to import, or is optional.
 HEAVY = {
     "numba", "llvmlite", "transformers", "matplotlib", "jinja2", "onnxruntime", "openvino", "onnx", "sklearn", "scipy",
-    "PIL", "gguf", "tokenizers", "yaml",
+    "PIL", "gguf", "tokenizers", "yaml", "triton",
 }  # fmt: skip
 
 
@@ -98,11 +98,11 @@ def test_imports_point_downwards(file):
     assert breaches(file.read_text(), file) == []
 
 
-# Kernels are written in Numba's language; their files are imported by the first product that runs on them.
-KERNEL_FILES = ROOT / "kernels" / "cpu"
+# Kernels are written in Numba's or Triton's language; their files are imported by the first product that runs on them.
+KERNEL_FILES = {ROOT / "kernels" / "cpu", ROOT / "kernels" / "triton"}
 
 
-@pytest.mark.parametrize("file", [f for f in files() if KERNEL_FILES not in f.parents], ids=lambda f: f.name)
+@pytest.mark.parametrize("file", [f for f in files() if f.parent not in KERNEL_FILES], ids=lambda f: f.name)
 def test_heavy_libraries_load_on_first_use(file):
     assert heavy(file.read_text(), file) == []
 
