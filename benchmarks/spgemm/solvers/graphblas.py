@@ -6,14 +6,6 @@ A mask goes to the product with plus_pair, which reads no values; of the saxpy a
 SPARSE, ENVIRONMENT = True, "graphblas"
 
 
-def _csr(c):
-    import numpy as np
-
-    held = c.ss.export("csr", sort=True)
-    values = np.broadcast_to(held["values"], held["col_indices"].shape)
-    return held["indptr"].astype(np.int64), held["col_indices"].astype(np.int64), values.astype(np.float64)
-
-
 def _time(run):
     from time import perf_counter
 
@@ -28,6 +20,7 @@ def prepare(files, threads):
     from scipy.sparse import load_npz
 
     from benchmarks.harness import Prepared
+    from benchmarks.spgemm.solvers._entries import entries
 
     gb.ss.config["nthreads"] = threads
     a, b = (gb.io.from_scipy_sparse(load_npz(files / f"{name}.npz")) for name in "ab")
@@ -39,7 +32,7 @@ def prepare(files, threads):
         return c
 
     if not (files / "mask.npz").exists():
-        return Prepared(product, lambda: _csr(product()))
+        return Prepared(product, lambda: entries(gb.io.to_scipy_sparse(product(), "csr")))
     transposed = gb.Matrix(b.dtype, b.ncols, b.nrows)
     transposed << b.T
 
@@ -54,4 +47,4 @@ def prepare(files, threads):
         return c
 
     best = min((saxpy, dot), key=_time)
-    return Prepared(best, lambda: _csr(best()))
+    return Prepared(best, lambda: entries(gb.io.to_scipy_sparse(best(), "csr")))

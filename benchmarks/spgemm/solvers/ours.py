@@ -7,7 +7,7 @@ def prepare(data, threads):
     import torch
 
     from benchmarks.harness import Prepared
-    from benchmarks.spgemm.problem import entries
+    from benchmarks.spgemm.solvers._entries import entries
     from gossamer import spgemm
 
     torch.set_num_threads(threads)

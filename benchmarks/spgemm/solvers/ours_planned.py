@@ -11,7 +11,7 @@ def prepare(data, threads):
     import torch
 
     from benchmarks.harness import Prepared
-    from benchmarks.spgemm.problem import entries
+    from benchmarks.spgemm.solvers._entries import entries
     from gossamer import spgemm_plan
 
     torch.set_num_threads(threads)

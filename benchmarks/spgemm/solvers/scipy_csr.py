@@ -5,7 +5,7 @@ SPARSE = True
 
 def prepare(data, threads):
     from benchmarks.harness import Prepared
-    from benchmarks.spgemm.problem import entries
+    from benchmarks.spgemm.solvers._entries import entries
 
     def run():
         c = data.a @ data.b

@@ -7,6 +7,8 @@ Vectors are sixteen entries wide on every processor; LLVM splits them where regi
 
 from __future__ import annotations
 
+import sys
+
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -133,6 +135,18 @@ def publish(typing, address, value):
         return ctx.get_dummy_value()
 
     return types.void(_int, _int), gen
+
+
+@intrinsic
+def give_way(typing):
+    """Let another thread run, where the system has a call for it."""
+
+    def gen(ctx, b, sig, args):
+        if sys.platform != "win32":
+            b.call(_declare(b, "sched_yield", _I32), [])
+        return ctx.get_dummy_value()
+
+    return types.void(), gen
 
 
 @intrinsic

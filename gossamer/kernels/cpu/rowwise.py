@@ -20,6 +20,7 @@ from gossamer.kernels.cpu.rowlanes import (
     copy_bytes,
     fill_bytes,
     forget,
+    give_way,
     harvest,
     harvest_listed,
     lowest_bit,
@@ -73,6 +74,15 @@ def deliver(args, list_at, size):
         copy_bytes(entries, get(args + C_COLUMNS) + 4 * start, 4 * count)
         copy_bytes(entries + get(args + COLUMNS_ROOM), get(args + C_VALUES) + size * start, size * count)
     return 1
+
+
+@helper
+def deliver_or_wait(args, list_at, size):
+    """`deliver`; where the list cannot go yet, the thread that holds it up may be waiting for this processor."""
+    delivered = deliver(args, list_at, size)
+    if delivered == 0:
+        give_way()
+    return delivered
 
 
 @helper
@@ -136,7 +146,7 @@ def kernel(size: int, making: int) -> Entry:
                     clear_table(marks, get(args + BITS))
                 ready = True
             while made - done == WAITING:
-                done += deliver(args, lists + done % WAITING * list_bytes, S)
+                done += deliver_or_wait(args, lists + done % WAITING * list_bytes, S)
             at = lists + made % WAITING * list_bytes
             to_columns, to_values = at + HEAD, at + HEAD + columns_room
             total = 0
@@ -278,7 +288,7 @@ def kernel(size: int, making: int) -> Entry:
                     break
                 done += 1
         while done < made:
-            done += deliver(args, lists + done % WAITING * list_bytes, S)
+            done += deliver_or_wait(args, lists + done % WAITING * list_bytes, S)
 
     what = ("sparse x sparse product", "sparse x sparse product of known pattern", "masked sparse x sparse product")
     return Entry(compile_kernel(spgemm_kernel, f"{what[making]}, {8 * size}-bit values"))
