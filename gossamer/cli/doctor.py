@@ -29,7 +29,7 @@ OPTIONAL = {
     "openvino": ("a dense engine to compare with", "demo"),
 }
 REQUIRED = {"torch": "2.6", "numpy": "1.26", "numba": "0.61", "safetensors": "0.4", "greenlet": "3.0"}
-KERNELS = ("spmm", "spmm_columns", "spmm_conv", "bitmask_float32", "bitmask_bfloat16")
+KERNELS = ("spmm", "spmm_columns", "spmm_conv", "bitmask_float32", "bitmask_bfloat16", "int4groups")
 ROOM_MB = 500
 
 

@@ -54,7 +54,7 @@ def automatic(density: float, structures: Sequence[Structure], fewest_tokens: in
     sparse = [Candidate(s.format, s.options, "cpu") for s in structures]
     sparse.append(Candidate("csr", (), "cpu"))
     if fewest_tokens <= MOST_DECODE_TOKENS:
-        sparse.append(Candidate("bitmask", (), "cpu"))
+        sparse.append(Candidate("tilebitmask", (), "cpu"))
     return (*DENSE, *sparse)
 
 

@@ -1,4 +1,7 @@
-"""How a support is stored: dense, CSR, bitmask, N:M, row-grouped and block. Round trips are lossless, bit for bit."""
+"""How a support is stored: dense, CSR, bitmask (by rows or tiles), N:M, row-grouped, block, and 4-bit groups.
+
+Round trips are lossless, bit for bit, but for `Int4Groups`, which states its error.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,29 @@ from gossamer.formats.block import Block
 from gossamer.formats.csr import CSR
 from gossamer.formats.dense import Dense
 from gossamer.formats.format import Format
+from gossamer.formats.int4groups import Int4Groups
 from gossamer.formats.nm import NM
 from gossamer.formats.rowgrouped import RowGrouped
+from gossamer.formats.tilebitmask import TileBitmask
 
-FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Dense, CSR, Bitmask, NM, RowGrouped, Block)}
+FORMATS: dict[str, type[Format]] = {
+    cls.name: cls for cls in (Dense, CSR, Bitmask, NM, RowGrouped, Block, TileBitmask, Int4Groups)
+}
 
-__all__ = ["CSR", "FORMATS", "NM", "Bitmask", "Block", "Dense", "Format", "RowGrouped", "format_from", "format_named"]
+__all__ = [
+    "CSR",
+    "FORMATS",
+    "NM",
+    "Bitmask",
+    "Block",
+    "Dense",
+    "Format",
+    "Int4Groups",
+    "RowGrouped",
+    "TileBitmask",
+    "format_from",
+    "format_named",
+]
 
 
 def format_named(name: str) -> type[Format]:

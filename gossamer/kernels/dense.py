@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from gossamer.formats import CSR, NM, Bitmask, Block, Dense, Format, RowGrouped
+from gossamer.formats import CSR, NM, Bitmask, Block, Dense, Format, Int4Groups, RowGrouped, TileBitmask
 from gossamer.kernels.dispatch import Call, kernel
 from gossamer.kernels.reference import activate, spmm_reference
 
@@ -105,7 +105,7 @@ def _disagreement(dtype: torch.dtype) -> str | None:
     return None if worst <= allowed else f"oneDNN was off by {worst:.2g} in a {dtype} trial product"
 
 
-@kernel("linear", CSR, Bitmask, NM, RowGrouped, Block, name="linear", backend="unpack")
+@kernel("linear", CSR, Bitmask, TileBitmask, NM, RowGrouped, Block, Int4Groups, name="linear", backend="unpack")
 @dataclass(frozen=True)
 class Unpack:
     """Unpack the weight at each call and multiply densely: memory stays small, any device and dtype."""
@@ -123,7 +123,7 @@ class Unpack:
         return cls(call.fmt)
 
     def run(self, x_TK: Tensor, bias_M: Tensor | None, activation: str) -> Tensor:
-        w_MK = self.fmt.to_dense()
+        w_MK = self.fmt.to_dense().to(x_TK.dtype)
         if x_TK.device.type == "cpu" and 0 not in self.fmt.shape and onednn_refusal(x_TK.dtype) is None:
             return OneDNN(w_MK).run(x_TK, bias_M, activation)
         return activate(linear(x_TK, w_MK, bias_M), activation)

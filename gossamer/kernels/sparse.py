@@ -1,4 +1,4 @@
-"""The CPU kernels, as dispatch sees them: sparse x dense by streams, one-token decode by bitmask.
+"""The CPU kernels, as dispatch sees them: sparse x dense by streams, one-token decode by bitmasks.
 
 Shapes: T tokens, M output rows, K input columns.
 """
@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gossamer.formats import CSR, NM, Bitmask, Block, RowGrouped
+from gossamer.formats import CSR, NM, Bitmask, Block, Int4Groups, RowGrouped, TileBitmask
 from gossamer.kernels.dense import Unpack
 from gossamer.kernels.dispatch import Call, kernel
 from gossamer.kernels.lowering import group_rows, lower
 
 if TYPE_CHECKING:
+    from gossamer.kernels.cpu.int4decode import Int4Product
     from gossamer.kernels.cpu.stream import Stream
+    from gossamer.kernels.cpu.tiledecode import TileProduct
 
 # One pass over the weights serves 8 tokens. Where unpacking once and multiplying densely overtakes repeated passes
 # was measured between 290 tokens (576 x 1536) and 630 (4096 x 4096), bfloat16 at density 0.5.
@@ -114,6 +116,70 @@ class Decode:
             return Unpack(self.fmt).run(x_TK, bias_M, activation)
         fmt, bias_M = self.fmt, None if bias_M is None else bias_M.float()
         return self.product(fmt.bits, fmt.offsets, fmt.values, fmt.rows, fmt.cols, x_TK, bias_M, activation)
+
+    def laid_out(self) -> tuple[Tensor, ...]:
+        return ()
+
+
+@kernel("linear", TileBitmask, name="tiles", backend="cpu", devices=("cpu",))
+@dataclass(frozen=True)
+class Tiles:
+    """Weights streamed from memory once for every 8 tokens, tile by tile; long prompts unpack and multiply densely."""
+
+    NOTE = Decode.NOTE
+
+    fmt: TileBitmask
+    product: TileProduct
+
+    @staticmethod
+    def refuse(call: Call) -> str | None:
+        return Decode.refuse(call)
+
+    @classmethod
+    def prepare(cls, call: Call) -> Tiles:
+        from gossamer.kernels.cpu.memory import large_pages
+        from gossamer.kernels.cpu.tiledecode import TileProduct
+
+        large_pages(call.fmt.bits, call.fmt.values)
+        return cls(call.fmt, TileProduct.of(call.fmt))
+
+    def run(self, x_TK: Tensor, bias_M: Tensor | None, activation: str) -> Tensor:
+        if x_TK.shape[0] > MOST_DECODE_TOKENS:
+            return Unpack(self.fmt).run(x_TK, bias_M, activation)
+        return self.product(x_TK, None if bias_M is None else bias_M.float(), activation)
+
+    def laid_out(self) -> tuple[Tensor, ...]:
+        return ()
+
+
+@kernel("linear", Int4Groups, name="int4", backend="cpu", devices=("cpu",))
+@dataclass(frozen=True)
+class Int4:
+    """4-bit groups streamed from memory once for every 4 tokens; long prompts unpack and multiply densely."""
+
+    NOTE = "four tokens a pass over 4-bit codes; over 256 at once (a prompt) by unpacking and a dense product"
+
+    fmt: Int4Groups
+    product: Int4Product
+
+    @staticmethod
+    def refuse(call: Call) -> str | None:
+        if call.tokens is not None and call.tokens > ONE_PASS:
+            return f"int4 is for up to {ONE_PASS} tokens at once, the call has {call.tokens}"
+        return cannot_run_here("int4groups", "int4decode")
+
+    @classmethod
+    def prepare(cls, call: Call) -> Int4:
+        from gossamer.kernels.cpu.int4decode import Int4Product
+        from gossamer.kernels.cpu.memory import large_pages
+
+        large_pages(call.fmt.codes, call.fmt.indices)
+        return cls(call.fmt, Int4Product.of(call.fmt))
+
+    def run(self, x_TK: Tensor, bias_M: Tensor | None, activation: str) -> Tensor:
+        if x_TK.shape[0] > MOST_DECODE_TOKENS:
+            return Unpack(self.fmt).run(x_TK, bias_M, activation)
+        return self.product(x_TK, None if bias_M is None else bias_M.float(), activation)
 
     def laid_out(self) -> tuple[Tensor, ...]:
         return ()

@@ -192,7 +192,7 @@ def test_automatic_choice_measures_checks_and_explains():
     chosen = {t.ms for t in first.trials if t.ms is not None}
     assert first.ms in chosen and first.best_dense_ms <= first.dense_ms
     assert report.difference < 1e-4
-    assert "bitmask/cpu" not in tried and "bitmask" in {c.format for c in automatic(0.5, (), 1)}
+    assert "bitmask/cpu" not in tried and "tilebitmask" in {c.format for c in automatic(0.5, (), 1)}
 
 
 def test_report_survives_json():
@@ -254,7 +254,7 @@ def test_tied_hooked_and_unreached_layers_are_left_with_a_reason():
 def test_prompt_and_decode_share_one_layer():
     model = prune(llama(), 0.5, "unstructured")
     prompt, one = tokens(1, 16), tokens(1, 1)
-    packed = gossamer.pack(model, [prompt, one], candidates=["bitmask/cpu"], repeats=1)
+    packed = gossamer.pack(model, [prompt, one], candidates=["tilebitmask/cpu"], repeats=1)
     assert report_of(packed).layers[0].tokens == (16, 1)
     assert agree(packed, model, prompt) and agree(packed, model, one)
 

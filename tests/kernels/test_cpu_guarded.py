@@ -67,12 +67,13 @@ def stream_of(rows, cols, g, density, at_end):
 
 
 def one_round(at_end):
-    from gossamer.formats.bitmask import Bitmask
+    from gossamer.formats import Bitmask, TileBitmask
     from gossamer.kernels.cpu import target
     from gossamer.kernels.cpu.conv import spmm_conv
     from gossamer.kernels.cpu.decode import bitmask_matvec
     from gossamer.kernels.cpu.depthwise import depthwise
     from gossamer.kernels.cpu.spmm import spmm, spmm_columns
+    from gossamer.kernels.cpu.tiledecode import TileProduct
     from gossamer.kernels.cpu.window import Window
 
     g, rows, tokens = random.choice((1, 2, 4, 8)), random.randint(1, 150), random.choice((1, 2, 5, 16, 31, 70, 200))
@@ -95,6 +96,10 @@ def one_round(at_end):
         stored = Bitmask.from_dense(w)
         parts = [guarded(part, at_end) for part in (stored.bits, stored.offsets, stored.values)]
         bitmask_matvec(*parts, rows, weight.cols, guarded(x[:8].clone(), at_end), bias, "relu")
+        for dtype in (torch.float32, torch.bfloat16):
+            tiles = TileBitmask.from_dense(w.to(dtype))
+            tiles = tiles.with_parts({name: guarded(part, at_end) for name, part in tiles.parts().items()})
+            TileProduct.of(tiles)(guarded(x[:8].to(dtype).clone(), at_end), bias, "relu")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import linear
 
 from gossamer.core.errors import DispatchError, UnknownName
-from gossamer.formats import CSR, NM, Bitmask, Block, Dense, RowGrouped
+from gossamer.formats import CSR, NM, Bitmask, Block, Dense, RowGrouped, TileBitmask
 from gossamer.kernels import BACKENDS, KERNELS, dense, explain, kernel, resolve, sparse
 from gossamer.kernels.reference import ACTIVATIONS, spmm_reference
 
@@ -22,6 +22,7 @@ BUILDS = {
     "dense": Dense.from_dense,
     "csr": CSR.from_dense,
     "bitmask": Bitmask.from_dense,
+    "tilebitmask": TileBitmask.from_dense,
     "nm": NM.from_dense,
     "rows2": lambda w: RowGrouped.from_dense(w, g=2),
     "rows4": RowGrouped.from_dense,

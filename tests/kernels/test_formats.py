@@ -9,7 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.core.errors import FormatError, UnknownName
-from gossamer.formats import CSR, FORMATS, NM, Bitmask, Block, Dense, RowGrouped, bitmask, format_from, nm
+from gossamer.formats import (
+    CSR,
+    FORMATS,
+    NM,
+    Bitmask,
+    Block,
+    Dense,
+    RowGrouped,
+    TileBitmask,
+    bitmask,
+    format_from,
+    nm,
+    tilebitmask,
+)
 from gossamer.formats.checks import BITS_OF
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -17,6 +30,7 @@ BUILDS = {
     "dense": Dense.from_dense,
     "csr": CSR.from_dense,
     "bitmask": Bitmask.from_dense,
+    "tilebitmask": TileBitmask.from_dense,
     "nm24": partial(NM.from_dense, n=2, m=4),
     "nm12": partial(NM.from_dense, n=1, m=2),
     "nm3of16": partial(NM.from_dense, n=3, m=16),
@@ -88,6 +102,7 @@ def test_bytes_by_hand():
     kept = int((bits(w) != 0).sum())
     assert CSR.from_dense(w).nbytes == 4 * 17 + 6 * kept
     assert Bitmask.from_dense(w).nbytes == 8 * 16 + 4 * 17 + 4 * (kept + 16)
+    assert TileBitmask.from_dense(w).nbytes == 4 * 32 + 4 * 2 + 4 * (kept + 32)
     assert Dense.from_dense(w).nbytes == 4 * 16 * 64
     assert NM.from_dense(torch.zeros(16, 64), n=2, m=4).nbytes == 4 * 16 * 32 + 16 * 32 * 2 // 8
     assert RowGrouped.from_dense(torch.ones(16, 64), g=4).nbytes == 4 * 5 + 4 * 64 * (2 + 16)
@@ -124,7 +139,7 @@ def test_support_mask_decides(name):
     noisy = torch.where(mask, w, torch.full_like(w, torch.nan))
     stored = BUILDS[name](noisy, mask)
     assert same_bits(stored.to_dense(), torch.where(mask, w, torch.zeros(())))
-    if name in ("csr", "bitmask"):
+    if name in ("csr", "bitmask", "tilebitmask"):
         assert stored.nnz == int(mask.sum()), "kept zeros stay as entries"
 
 
@@ -147,6 +162,9 @@ def test_layouts_of_the_contract():
     stored = Bitmask.from_dense(w)
     assert stored.bits.tolist() == [[1, 0, 2, 0], [0, 0, 0, 0], [0, 2, 0, 0]]
     assert stored.offsets.tolist() == [0, 2, 2, 3] and stored.values.numel() == 3 + 16
+    pairs = TileBitmask.from_dense(torch.cat([w, torch.zeros(14, 18), w[:1]]))
+    assert pairs.bits[0].tolist() == [1, 0, 0, 0, 1 << 5, 0, 0, 0, 2] and pairs.bits[1].tolist()[:2] == [1 << 2, 0]
+    assert pairs.starts.tolist() == [0, 3, 5] and pairs.values.tolist() == [1.0, 3.0, 2.0, 1.0, 2.0] + 32 * [0.0]
     tiles = Block.from_dense(torch.arange(1.0, 7.0).view(2, 3), a=2, b=2)
     assert tiles.values.tolist() == [[[1.0, 4.0], [2.0, 5.0]], [[3.0, 6.0], [0.0, 0.0]]]
     groups = RowGrouped.from_dense(torch.tensor([[1.0, 0], [2, 0], [0, 3]]), g=2)
@@ -175,7 +193,7 @@ def test_refusals_say_why(build, words):
 def test_unknown_format_lists_near_names():
     with pytest.raises(UnknownName, match="bitmask"):
         format_from({"format": "bitmsk"}, {})
-    assert set(FORMATS) == {"dense", "csr", "bitmask", "nm", "rowgrouped", "block"}
+    assert set(FORMATS) == {"dense", "csr", "bitmask", "nm", "rowgrouped", "block", "tilebitmask", "int4groups"}
 
 
 def _swap(index, value):
@@ -201,6 +219,12 @@ DAMAGES = [
     ("bitmask", "offsets", _swap(1, 10**6)),
     ("bitmask", "values", lambda part: part[:-1]),
     ("bitmask", "values", _swap(-1, 1.0)),
+    ("tilebitmask", "bits", lambda part: part ^ 1),
+    ("tilebitmask", "bits", lambda part: part[:, :-1]),
+    ("tilebitmask", "bits", _swap((0, -1), -1)),
+    ("tilebitmask", "starts", _swap(1, 10**6)),
+    ("tilebitmask", "values", lambda part: part[:-1]),
+    ("tilebitmask", "values", _swap(-1, 1.0)),
     ("nm24", "positions", lambda part: part * 0),
     ("nm24", "positions", lambda part: part[:, :-1]),
     ("nm24", "values", lambda part: part[:, :-1]),
@@ -239,6 +263,7 @@ def test_damaged_records_are_refused(name):
     ("name", "module", "function", "fault"),
     [
         ("bitmask", bitmask, "pack_bits", lambda real: lambda mask: real(mask.flip(1))),
+        ("tilebitmask", tilebitmask, "_words", lambda real: lambda mask: real(mask.flip(2))),
         ("nm24", nm, "pack_positions", lambda real: lambda at, bits: real(3 - at, bits)),
         ("nm24", nm, "fill_groups", lambda real: lambda mask, n: real(torch.zeros_like(mask), n)),
     ],

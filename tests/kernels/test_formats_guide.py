@@ -10,7 +10,10 @@ import torch
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guide"
 MODULES = [
-    *(f"gossamer.formats.{name}" for name in ("dense", "csr", "bitmask", "nm", "rowgrouped", "block")),
+    *(
+        f"gossamer.formats.{name}"
+        for name in ("dense", "csr", "bitmask", "tilebitmask", "int4groups", "nm", "rowgrouped", "block")
+    ),
     "gossamer.formats",
     "gossamer.kernels.reference.products",
     "gossamer.kernels.dispatch",

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import linear
 
 from gossamer.core.errors import DispatchError, FormatError
-from gossamer.formats import CSR, NM, Bitmask, Block, Dense, RowGrouped
+from gossamer.formats import CSR, NM, Bitmask, Block, Dense, RowGrouped, TileBitmask
 from gossamer.kernels import ops
 from gossamer.kernels.ops import record, sparse_linear
 from gossamer.kernels.reference import ACTIVATIONS, activate
@@ -18,6 +18,7 @@ BUILDS = {
     "dense": Dense.from_dense,
     "csr": CSR.from_dense,
     "bitmask": Bitmask.from_dense,
+    "tilebitmask": TileBitmask.from_dense,
     "nm": NM.from_dense,
     "rows4": RowGrouped.from_dense,
     "block4x3": partial(Block.from_dense, a=4, b=3),

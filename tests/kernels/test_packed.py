@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from gossamer.core.errors import DispatchError, FormatError, UnknownName
-from gossamer.formats import CSR, NM, Bitmask, Block, Dense, RowGrouped
+from gossamer.formats import CSR, NM, Bitmask, Block, Dense, RowGrouped, TileBitmask
 from gossamer.nn import PackedConv2d, PackedLinear, is_pointwise
 
 BUILDS = {
     "dense": Dense,
     "csr": CSR,
     "bitmask": Bitmask,
+    "tilebitmask": TileBitmask,
     "nm": NM,
     "rows4": RowGrouped,
     "block4x1": partial(Block.from_dense, a=4, b=1),
@@ -167,7 +168,7 @@ def test_training_on_the_support(name):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    if name in ("csr", "bitmask", "nm"):
+    if name in ("csr", "bitmask", "tilebitmask", "nm"):
         assert bool((packed.weight[before] == 0).all()), "what was pruned stays zero"
     with torch.no_grad():
         close(packed(x), torch.nn.functional.linear(x, packed.weight, packed.bias))

@@ -42,6 +42,9 @@ def warm_up_decode(*, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bf
         if supports(f"bitmask_{str(dtype).removeprefix('torch.')}") is None:
             for tokens in (1, 2, 4, 8):
                 _kernel(tokens, dtype.itemsize)
+    from gossamer.kernels.cpu.tiledecode import warm_up_tiles
+
+    warm_up_tiles(dtypes=dtypes)
 
 
 def bitmask_matvec(

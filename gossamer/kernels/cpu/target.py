@@ -10,6 +10,7 @@ import os
 
 _BASELINE = {"spmm", "spmm_columns", "spmm_conv", "spgemm"}
 _EXPANDING = {"bitmask", "bitmask_float32", "bitmask_bfloat16"}
+_BFLOAT16_DOT = {"int4groups"}
 
 
 @functools.cache
@@ -53,7 +54,8 @@ def supports(kernel_name: str) -> str | None:
     """Say why a kernel cannot run here; None when it can.
 
     Args:
-        kernel_name: "spmm", "spmm_columns", "spmm_conv", "spgemm", "bitmask", "bitmask_float32" or "bitmask_bfloat16".
+        kernel_name: "spmm", "spmm_columns", "spmm_conv", "spgemm", "bitmask", "bitmask_float32",
+            "bitmask_bfloat16" or "int4groups".
 
     Raises:
         UnknownName: none of these; near names are listed.
@@ -64,10 +66,14 @@ def supports(kernel_name: str) -> str | None:
     """
     if kernel_name in _BASELINE:
         return None
+    if kernel_name in _BFLOAT16_DOT:
+        if {"avx512bf16", "avx512bw"} <= features():
+            return None
+        return f"{kernel_name} multiplies by AVX-512's bfloat16 dot product, which {cpu_name()} does not have"
     if kernel_name not in _EXPANDING:
         from gossamer.core.errors import unknown
 
-        raise unknown("CPU kernel", kernel_name, _BASELINE | _EXPANDING)
+        raise unknown("CPU kernel", kernel_name, _BASELINE | _EXPANDING | _BFLOAT16_DOT)
     if "avx512f" in features():
         return None
     return f"{kernel_name} spreads values over lanes with AVX-512's expand, which {cpu_name()} does not have"

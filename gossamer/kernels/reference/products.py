@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gossamer.formats import CSR, NM, Bitmask, Block, Dense, Format, RowGrouped
+from gossamer.formats import CSR, NM, Bitmask, Block, Dense, Format, Int4Groups, RowGrouped, TileBitmask
 from gossamer.formats.checks import owners
 from gossamer.kernels.reference.activation import activate
 
@@ -51,14 +51,21 @@ def _(fmt: Dense, x_KT: Tensor) -> Tensor:
 
 
 @product.register
+def _(fmt: Int4Groups, x_KT: Tensor) -> Tensor:
+    return fmt.to_dense().to(x_KT.dtype) @ x_KT
+
+
+@product.register
 def _(fmt: CSR, x_KT: Tensor) -> Tensor:
     rows_E = owners(fmt.indptr, fmt.nnz)
     return grouped(fmt.values.unsqueeze(1), rows_E, fmt.indices, fmt.rows, x_KT)
 
 
-@product.register
-def _(fmt: Bitmask, x_KT: Tensor) -> Tensor:
-    rows_E, columns_E = fmt.mask().nonzero(as_tuple=True)
+@product.register(Bitmask)
+@product.register(TileBitmask)
+def _(fmt: Bitmask | TileBitmask, x_KT: Tensor) -> Tensor:
+    slots_E = fmt.slots()
+    rows_E, columns_E = slots_E // fmt.grid[1], slots_E % fmt.grid[1]
     return grouped(fmt.entries().unsqueeze(1), rows_E, columns_E, fmt.rows, x_KT)
 
 

@@ -1,0 +1,123 @@
+"""Decode with 4-bit groups on the CPU: weights streamed once for every four tokens.
+
+Shapes: T tokens (few), K inputs, M outputs, C chunks of eight kept groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from gossamer.core.errors import DispatchError, FormatError
+from gossamer.formats.int4groups import CHUNK, GROUP, Int4Groups
+from gossamer.kernels.cpu import decode
+from gossamer.kernels.cpu.checks import activation_code, need_bias
+from gossamer.kernels.cpu.launch import Launch, launch
+from gossamer.kernels.cpu.target import supports
+from gossamer.kernels.cpu.tiledecode import zero_bias
+
+MOST_TOKENS = 4
+
+
+@cache
+def _kernel(tokens: int, whole: bool):
+    if reason := supports("int4groups"):
+        raise DispatchError(f"{reason}; multiply by `to_dense()`")
+    from gossamer.kernels.cpu import int4
+
+    return int4.kernel(tokens, int(whole))
+
+
+def warm_up_int4() -> None:
+    """Compile every product of 4-bit groups, if this processor supports them."""
+    if supports("int4groups") is None:
+        for tokens in (1, 2, 4):
+            for whole in (False, True):
+                _kernel(tokens, whole)
+
+
+@dataclass(frozen=True)
+class Int4Product:
+    """4-bit groups laid out for calls.
+
+    Args:
+        weight: the stored weight [M, K], on the CPU.
+        whole: every group is kept, in order: the indices need not be read.
+    """
+
+    weight: Int4Groups
+    whole: bool
+
+    @classmethod
+    def of(cls, weight: Int4Groups) -> Int4Product:
+        """Look at the indices once."""
+        groups = weight.cols // GROUP
+        whole = groups % CHUNK == 0 and weight.indices.numel() == weight.rows * groups
+        if whole and weight.rows:
+            in_order = 4 * torch.arange(groups, dtype=torch.int32)
+            whole = bool((weight.indices.int().view(weight.rows, groups) == in_order).all())
+        return cls(weight, whole)
+
+    def launch(self, tokens: int, x_bytes: int, activation: int = 0, threads: int | None = None) -> Launch:
+        """The kernel laid out for up to four tokens: x, indptr, indices, values, codes, bias or 0, and y."""
+        rows, cols = self.weight.shape
+        padded = 1 << (tokens - 1).bit_length()
+        wanted = max(1, min(threads or torch.get_num_threads(), self.weight.stored // decode.GRAIN))
+        each = min(1024, 16 * -(-rows // (16 * (4 * wanted if wanted > 1 else 1))))
+        tasks = -(-rows // each)
+        x_row = 2 * (cols + GROUP)
+        bytes_each = padded * (x_row + 4 * each) + 64
+        fixed = (tokens, rows, cols, tasks, each, bytes_each, x_bytes, x_row, activation)
+        crew = min(wanted, tasks)
+        entry = _kernel(padded, self.whole)
+        return launch(entry, addresses=7, fixed=fixed, threads=crew, scratch_bytes=bytes_each * crew)
+
+    def __call__(self, x_TK: Tensor, bias_M: Tensor | None = None, activation: str = "none") -> Tensor:
+        """Multiply a few tokens: y = act(x Wᵀ + b), inputs taken in bfloat16, summed in float32.
+
+        Args:
+            x_TK: float32 or bfloat16 [T, K], contiguous; more than four tokens are taken four at a time.
+            bias_M: float32 [M].
+            activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
+
+        Raises:
+            DispatchError: this processor has no bfloat16 dot product.
+            FormatError: a shape, dtype or layout does not fit.
+            UnknownName: no such activation.
+
+        Example:
+            >>> product = Int4Product.of(Int4Groups.from_dense(torch.ones(4, 16)))
+            >>> product(torch.ones(1, 16)).tolist()
+            [[16.0, 16.0, 16.0, 16.0]]
+        """
+        code, rows = activation_code(activation), self.weight.rows
+        self._check(x_TK, bias_M)
+        y_TM = torch.empty(x_TK.shape[0], rows, dtype=torch.float32, device="cpu")
+        bias_M = zero_bias(rows) if bias_M is None and code else bias_M
+        weight_at = tuple(part.data_ptr() for part in self.weight.parts().values())
+        bias_at = 0 if bias_M is None else bias_M.data_ptr()
+        size = x_TK.element_size()
+        for first in range(0, x_TK.shape[0] if rows else 0, MOST_TOKENS):
+            some = min(MOST_TOKENS, x_TK.shape[0] - first)
+            x_at, y_at = x_TK.data_ptr() + first * x_TK.shape[1] * size, y_TM.data_ptr() + 4 * first * rows
+            self._laid_out(some, size, code).run(x_at, *weight_at, bias_at, y_at)
+        return y_TM if x_TK.dtype is torch.float32 else y_TM.to(x_TK.dtype)
+
+    def _laid_out(self, tokens: int, x_bytes: int, code: int) -> Launch:
+        asked = tokens, x_bytes, code, torch.get_num_threads(), decode.GRAIN
+        kept = self.__dict__.setdefault("_launches", {})
+        found = kept.get(asked)
+        if found is None:
+            found = kept[asked] = self.launch(tokens, x_bytes, code)
+        return found
+
+    def _check(self, x_TK: Tensor, bias_M: Tensor | None) -> None:
+        cols = self.weight.cols
+        if x_TK.dim() != 2 or x_TK.shape[1] != cols or not x_TK.is_contiguous() or not x_TK.is_cpu:
+            raise FormatError(f"x must be contiguous [T, {cols}] on the CPU, got {tuple(x_TK.shape)} on {x_TK.device}")
+        if x_TK.dtype not in (torch.float32, torch.bfloat16):
+            raise FormatError(f"x must be float32 or bfloat16, got {x_TK.dtype}; convert it")
+        need_bias(self.weight.rows, bias_M)
