@@ -84,7 +84,8 @@ class Int4Groups(Format):
             worth_MK = w_MK.abs() if saliency is None else saliency
             chosen = select(worth_MK.float(), Pattern(f"o ([g] {{{GROUP}}})"), Density(density))
             mask_MK = mask_MK & chosen.kept
-        return cls._quantised(w_MK.float(), mask_MK.view(w_MK.shape[0], -1, GROUP).any(-1))
+        rows, cols = w_MK.shape
+        return cls._quantised(w_MK.float(), mask_MK.view(rows, cols // GROUP, GROUP).any(-1))
 
     @classmethod
     def _quantised(cls, w_MK: Tensor, keep_Mg: Tensor) -> Self:
@@ -96,7 +97,7 @@ class Int4Groups(Format):
         first_M = pad(counts_M.cumsum(0), (1, 0))[:-1]
         place_E = CHUNK * indptr[:-1].long()[row_E] + torch.arange(row_E.numel()) - first_M[row_E]
         slots = CHUNK * int(indptr[-1])
-        groups_Et = w_MK.view(rows, -1, GROUP)[row_E, group_E]
+        groups_Et = w_MK.view(rows, cols // GROUP, GROUP)[row_E, group_E]
         indices = torch.full((slots,), cols // GROUP, dtype=torch.int32).index_copy_(0, place_E, group_E.int())
         # Padding repeats a chunk's own first group, so that it does not widen the range.
         starts = torch.arange(slots) // CHUNK * CHUNK

@@ -61,7 +61,7 @@ def close(y, x, w, bias, activation="none"):
 
 
 @needs_expand
-@pytest.mark.parametrize("rows, cols", [(1, 1), (3, 15), (16, 16), (17, 33), (67, 130), (300, 385)])
+@pytest.mark.parametrize("rows, cols", [(1, 1), (3, 15), (16, 16), (17, 33), (67, 130), (64, 48), (300, 385)])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 11])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_shape_matches_float64(rows, cols, tokens, dtype, threads):
@@ -77,6 +77,7 @@ def test_any_shape_matches_float64(rows, cols, tokens, dtype, threads):
 def test_sparse_and_dense_tiles_take_the_loads_they_need():
     assert TileProduct.of(weights(64, 64, 0.1)).most == 16
     assert TileProduct.of(weights(64, 64, 0.9)).most == 32
+    assert TileProduct.of(weights(64, 64, 1.0)).most == 0 and TileProduct.of(weights(63, 64, 1.0)).most == 32
 
 
 @needs_expand

@@ -96,26 +96,30 @@ def _added(b, sums):
 class _Walk:
     """The loop over a row group's tiles: `unroll` at a time with prefetching, then one by one."""
 
-    def __init__(self, b, bits, values, pairs, unroll: int, lines: int):
+    def __init__(self, b, bits, values, pairs, unroll: int, lines: int, masked: bool = True):
         self.b, self.bits, self.values, self.pairs = b, bits, values, pairs
-        self.unroll, self.lines = unroll, lines
+        self.unroll, self.lines, self.masked = unroll, lines, masked
+
+    def word(self, p):
+        """The mask of tile p; None where nothing is masked."""
+        b = self.b
+        return _load(b, b.add(self.bits, b.mul(p, _n(4))), _I32, 4) if self.masked else None
 
     def run(self, tile, sums):
         """`tile(p, place, word, sums, chain)` multiplies one tile and returns (next place, sums)."""
         b = self.b
         loop = _Loop(b, _n(0), self.pairs, self.unroll, [self.values, *sums])
         place, sums = loop.values[0], list(loop.values[1:])
-        at = b.add(self.bits, b.mul(loop.i, _n(4)))
-        prefetch(b, b.add(at, _n(AHEAD_BITS)))
+        if self.masked:
+            prefetch(b, b.add(b.add(self.bits, b.mul(loop.i, _n(4))), _n(AHEAD_BITS)))
         for line in range(self.lines):
             prefetch(b, b.add(place, _n(AHEAD_VALUES + 64 * line)))
         for u in range(self.unroll):
-            word = _load(b, b.add(at, _n(4 * u)), _I32, 4)
-            place, sums = tile(b.add(loop.i, _n(u)), place, word, sums, u)
+            p = b.add(loop.i, _n(u))
+            place, sums = tile(p, place, self.word(p), sums, u)
         place, *sums = loop.close([place, *sums])
         rest = _Loop(b, loop.i, self.pairs, 1, [place, *sums])
-        word = _load(b, b.add(self.bits, b.mul(rest.i, _n(4))), _I32, 4)
-        place, now = tile(rest.i, rest.values[0], word, list(rest.values[1:]), 0)
+        place, now = tile(rest.i, rest.values[0], self.word(rest.i), list(rest.values[1:]), 0)
         return rest.close([place, *now])[1:]
 
 
@@ -124,7 +128,8 @@ def expand_dot(typing, tokens, most, bits, values, x, pairs, y, y_row):
     """y[t, r] = sum over kept (r, k) of w[r, k] x[t, k], bfloat16 values by bfloat16 inputs, for sixteen rows.
 
     x holds [pairs, tokens] pairs of bfloat16, which must be finite: a pruned weight multiplies as zero. `most` is how
-    many values a tile keeps at most, 16 or 32; with 16, half as much is loaded per tile.
+    many values a tile keeps at most, 16 or 32; with 16, half as much is loaded per tile. 0 says that every tile keeps
+    all of its entries, so that no mask is read.
     """
     T, limit = tokens.literal_value, most.literal_value
     chains = max(1, 8 // T)
@@ -138,17 +143,17 @@ def expand_dot(typing, tokens, most, bits, values, x, pairs, y, y_row):
         wide = ir.Constant(ir.VectorType(_I32, 2 * LANES), list(range(2 * LANES)))
 
         def tile(p, place, word, sums, chain):
-            packed = _load_apart(b, place, words if limit == 32 else half, 2)
+            packed = _load_apart(b, place, half if limit == 16 else words, 2)
             if limit == 16:
                 packed = b.shuffle_vector(packed, ir.Constant(half, None), wide)
-            w = b.call(expand, [packed, ir.Constant(words, None), b.bitcast(word, flags)])
+            w = b.call(expand, [packed, ir.Constant(words, None), b.bitcast(word, flags)]) if limit else packed
             for t in range(T):
                 pair = _load(b, b.add(x, b.mul(b.add(b.mul(p, _n(T)), _n(t)), _n(4))), _I32, 4)
                 at = t * chains + chain % chains
                 sums[at] = dot_pairs(b, sums[at], w, _splat(b, pair, LANES))
-            return b.add(place, b.shl(_bits_of(b, word), _n(1))), sums
+            return b.add(place, b.shl(_bits_of(b, word), _n(1)) if limit else _n(64)), sums
 
-        walk = _Walk(b, bits, values, pairs, 8, 5 if limit == 32 else 2)
+        walk = _Walk(b, bits, values, pairs, 8, {32: 5, 16: 2, 0: 8}[limit], masked=limit > 0)
         sums = walk.run(tile, [zero] * (T * chains))
         for t in range(T):
             _store(b, _added(b, sums[t * chains : (t + 1) * chains]), b.add(y, b.mul(y_row, _n(t))), 4)

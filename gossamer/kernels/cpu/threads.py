@@ -32,7 +32,8 @@ def _mapped_openmp() -> str | None:
 
 
 @functools.cache
-def _gomp_parallel():
+def gomp_parallel():
+    """OpenMP's entry point, `GOMP_parallel(function, argument, threads, flags)`; None where torch brings another."""
     path = _mapped_openmp() if sys.platform.startswith("linux") else None
     if path is None:
         return None
@@ -52,7 +53,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 def runner_name() -> str:
     """Which pool runs kernels on more than one thread: "torch's OpenMP" or "Python threads"."""
-    return "torch's OpenMP" if _gomp_parallel() else "Python threads"
+    return "torch's OpenMP" if gomp_parallel() else "Python threads"
 
 
 class Entry:
@@ -63,7 +64,7 @@ class Entry:
     def __init__(self, kernel):
         self.kernel, self.address = kernel, kernel.address
         self._alone: Callable[[int], None] = _Entry(kernel.address)
-        self._parallel = _gomp_parallel()
+        self._parallel = gomp_parallel()
 
     def run(self, args: int, threads: int) -> None:
         """Call the kernel with the address of its arguments, on `threads` threads at once."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gossamer.core.errors import DispatchError, FormatError
-from gossamer.formats.tilebitmask import ROWS, TileBitmask
+from gossamer.formats.tilebitmask import READ_AHEAD, ROWS, TileBitmask
 from gossamer.kernels.cpu import decode
 from gossamer.kernels.cpu.checks import activation_code, need_bias
 from gossamer.kernels.cpu.launch import Launch, launch
@@ -53,7 +53,7 @@ class TileProduct:
 
     Args:
         weight: the stored weight [M, K], float32 or bfloat16, on the CPU.
-        most: 16 if no tile keeps more than 16 of its 32 entries, else 32.
+        most: 0 if every tile keeps all of its 32 entries, 16 if none keeps more than 16, else 32.
 
     Raises:
         FormatError: the weight is neither float32 nor bfloat16, or not on the CPU.
@@ -70,6 +70,8 @@ class TileProduct:
                 f"the tile product reads float32 and bfloat16 on the CPU, got {weight.dtype} on {weight.device}"
             )
         counts = weight.counts()
+        if counts.numel() and int(counts.min()) == READ_AHEAD:
+            return cls(weight, 0)
         return cls(weight, 16 if counts.numel() == 0 or int(counts.max()) <= 16 else 32)
 
     def launch(self, tokens: int, x_bytes: int, activation: int = 0, threads: int | None = None) -> Launch:

@@ -101,6 +101,8 @@ def kernel(tokens: int, value_bytes: int) -> Entry:
                 to = sums + 64 * (g - first)
                 if B == 4 or not dot:
                     expand_fma(T, B, mask, place, x, pairs, to, row)
+                elif most == 0:
+                    expand_dot(T, 0, mask, place, x, pairs, to, row)
                 elif most == 16:
                     expand_dot(T, 16, mask, place, x, pairs, to, row)
                 else:
