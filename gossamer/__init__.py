@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 _HOME = {
     "prune": "recipes.prune",
     "compile": "runtime.compiled",
+    "rearrange": "recipes.rearrange",
     **dict.fromkeys(("load", "pack", "report_of", "save", "unpack"), "deploy"),
     **dict.fromkeys(("spgemm", "spgemm_plan"), "kernels.spgemm"),
 }
@@ -40,6 +41,7 @@ __all__ = [
     "pack",
     "pattern",
     "prune",
+    "rearrange",
     "report_of",
     "save",
     "select",

@@ -43,7 +43,7 @@ def regroup(scores: Tensor, pattern: Pattern, budget: Budget) -> Tensor:
         >>> from gossamer.core import Density, pattern
         >>> s = torch.tensor([[9.0, 1.0], [1.0, 9.0], [8.0, 0.0], [0.0, 8.0]])
         >>> regroup(s, pattern("2-row"), Density(0.5)).tolist()
-        [2, 0, 1, 3]
+        [1, 3, 0, 2]
 
     Raises:
         PatternError: the pattern ties no neighbouring rows, so that their order changes nothing.

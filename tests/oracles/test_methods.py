@@ -18,7 +18,7 @@ from gossamer.score import random as by_lot
 from gossamer.score import salt
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
-HAND_OPTIONS = {"gradual_magnitude": {"total_steps": 100}}
+HAND_OPTIONS = {name: {"total_steps": 100} for name in ("gradual_magnitude", "fast_sparse_convnets")}
 
 
 def build(name: str, **options):

@@ -1,5 +1,25 @@
 """Methods that make weights sparse: one paper, one file."""
 
-from . import essential_sparsity, global_magnitude, gradual_magnitude, magnitude, random, sparsegpt, wanda
+from . import (
+    essential_sparsity,
+    fast_sparse_convnets,
+    global_magnitude,
+    gradual_magnitude,
+    magnitude,
+    random,
+    sparsebytenn,
+    sparsegpt,
+    wanda,
+)
 
-__all__ = ["essential_sparsity", "global_magnitude", "gradual_magnitude", "magnitude", "random", "sparsegpt", "wanda"]
+__all__ = [
+    "essential_sparsity",
+    "fast_sparse_convnets",
+    "global_magnitude",
+    "gradual_magnitude",
+    "magnitude",
+    "random",
+    "sparsebytenn",
+    "sparsegpt",
+    "wanda",
+]
