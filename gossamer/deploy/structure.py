@@ -32,11 +32,13 @@ class Structure:
         name: in words, such as "4-row groups".
         format: name of the format.
         options: the format's own options, such as (("g", 4),).
+        reordered: the format brings rows together that do not stand together.
     """
 
     name: str
     format: str
     options: tuple[tuple[str, int], ...] = ()
+    reordered: bool = False
 
 
 def detect(w_MK: Tensor) -> tuple[Structure, ...]:
@@ -97,15 +99,13 @@ def _blocks(mask_MK: Tensor, kept: int, waste: float) -> list[Structure]:
 def _groups(mask_MK: Tensor, kept: int, waste: float) -> list[Structure]:
     found = []
     for g in GROUPS:
-        if g <= mask_MK.shape[0] and _slots(mask_MK, g) <= waste * kept:
-            found.append(Structure(f"{g}-row groups", "rowgrouped", (("g", g),)))
+        if g > mask_MK.shape[0]:
+            continue
+        order = alike_first(mask_MK, g)  # as the format would store it
+        if tile_fill(mask_MK[order.long()] if order.numel() else mask_MK, g, 1) <= waste * kept:
+            words = ", rows re-ordered" if order.numel() else ""
+            found.append(Structure(f"{g}-row groups{words}", "rowgrouped", (("g", g),), bool(order.numel())))
     return found
-
-
-def _slots(mask_MK: Tensor, g: int) -> int:
-    """Entries that groups of g rows cover, in the order of rows that the format would take."""
-    order = alike_first(mask_MK, g)
-    return tile_fill(mask_MK[order.long()] if order.numel() else mask_MK, g, 1)
 
 
 def twins(mask_MK: Tensor) -> bool:

@@ -65,7 +65,7 @@ class Weights:
     def _possible(self) -> dict[str, Callable[[], Stream]]:
         makers: dict[str, Callable[[], Stream]] = {}
         if self.density < MOSTLY_KEPT:
-            for s in detect(self.w_MK):
+            for s in (s for s in detect(self.w_MK) if not s.reordered):  # panels are written in the stored order
                 inner = ", ".join(f"{k}={v}" for k, v in s.options)
                 build = partial(format_named(s.format).from_dense, **dict(s.options))
                 if group_rows_of(s.format, dict(s.options)) in (1, 2, 4, 8):
