@@ -31,6 +31,9 @@ def prune(
     sparsity: Annotated[float | None, typer.Option(help="Fraction of zeros, 0 to 1.")] = None,
     density: Annotated[float | None, typer.Option(help="Fraction kept, 0 to 1: the same said the other way.")] = None,
     pattern: Annotated[str, typer.Option(help="Name or expression: 2:4, 4-row, unstructured, 'o [i]' ...")] = "",
+    regroup: Annotated[
+        bool, typer.Option("--regroup", help="4-row, 2-row ...: choose which rows share zeros.")
+    ] = False,
     data: Annotated[str, typer.Option(help="Calibration text: a file, asset:wikitext2, asset:movie-reviews.")] = "",
     samples: Annotated[int | None, typer.Option(help="Calibration texts or windows; 128.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per window, or where a text is cut; 512.")] = None,
@@ -58,6 +61,7 @@ def prune(
     held = recipes.read(recipe) if recipe else {}
     flags = {
         **{"model": model, "method": method, "sparsity": sparsity, "density": density, "pattern": pattern},
+        **{"regroup": regroup or None},
         **{"data": data, "samples": samples, "length": length, "batch": batch, "seed": seed},
         **{"targets": tuple(targets or ()), "skip": tuple(skip or ()), "allocation": allocation},
         **{"workdir": workdir, "out": out, "options": recipes.options(option or ())},
@@ -146,6 +150,7 @@ def _run(asked: Recipe, sparsifier: Sparsifier) -> tuple[PruneReport, int]:
             data=data,
             targets=asked.targets,
             skip=asked.skip,
+            regroup=asked.regroup,
             allocation=asked.allocation,
             workdir=workdir,
             progress=progress,

@@ -23,6 +23,7 @@ class Recipe:
         method: a registered name.
         density: fraction kept, in [0, 1]; or sparsity, 1 − density; or neither where the pattern fixes it.
         pattern: a name or an expression; None = the method's own.
+        regroup: patterns that tie rows choose which rows they tie.
         data: text file or "asset:NAME"; needed by methods that look at activations.
         samples, length, batch, seed: of the calibration data; see `calibration.batches`.
         targets, skip: glob patterns of layers.
@@ -37,6 +38,7 @@ class Recipe:
     density: float | None = None
     sparsity: float | None = None
     pattern: str | None = None
+    regroup: bool = False
     data: str | None = None
     samples: int = 128
     length: int | None = None
@@ -91,6 +93,8 @@ def _checked(key: str, value: object) -> object:
         return value if isinstance(value, dict) else _refuse(key, value, "a mapping")
     if key in HOW_MANY:
         return value if type(value) is int else _refuse(key, value, "a whole number")
+    if key == "regroup":
+        return value if isinstance(value, bool) else _refuse(key, value, "true or false")
     if key in FRACTIONS:
         return float(value) if type(value) in (int, float) else _refuse(key, value, "a number from 0 to 1")
     # YAML 1.1 reads 2:4 as the base-60 number 124, which no one who writes a recipe means.

@@ -92,6 +92,7 @@ def test_a_wrong_recipe_is_refused(gossamer, tmp_path, text, says):
         (("--method", "magnitude", "--option", "damp"), "NAME=VALUE"),
         (("--method", "magnitude", "--pattern", "2:5", "--targets", "*q_proj"), "do not fit"),
         (("--method", "magnitude", "--targets", "*q_prok"), "q_proj"),
+        (("--method", "magnitude", "--regroup"), "ties neighbouring rows"),
         (("--method", "gradual_magnitude"), "--option"),
     ],
 )
@@ -99,6 +100,16 @@ def test_what_cannot_be_done_is_refused_in_words(gossamer, llama_folder, tmp_pat
     result = gossamer("prune", llama_folder, *flags, "--out", tmp_path / "o")
     assert result.exit_code == 3, result.stderr + result.stdout
     assert says in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_rows_are_regrouped_by_flag_and_by_recipe(gossamer, llama_folder, tmp_path):
+    flags = ("--method", "magnitude", "--pattern", "4-row", "--density", 0.25)
+    assert gossamer("prune", llama_folder, *flags, "--regroup", "--out", tmp_path / "a").exit_code == 0
+    (tmp_path / "r.yaml").write_text("regroup: true")
+    again = gossamer("prune", llama_folder, *flags, "--recipe", tmp_path / "r.yaml", "--out", tmp_path / "b", "--json")
+    assert "rows regrouped" in json.loads(again.stdout)["pattern"]
+    for name in ("a", "b"):
+        assert "rows regrouped" in (tmp_path / name / "gossamer-prune.json").read_text()
 
 
 def test_a_folder_with_something_in_it_is_kept(gossamer, llama_folder, tmp_path):
