@@ -108,6 +108,10 @@ def spaces(model: nn.Module, example: Tensor) -> list[Space]:
     return _Reader(traced, model).read(example)
 
 
+def _rank(value: object) -> int:
+    return value.ndim if isinstance(value, Tensor) else 0
+
+
 class _Reader(fx.Interpreter):
     """Runs the graph once for its shapes, and follows the channels along."""
 
@@ -153,7 +157,8 @@ class _Reader(fx.Interpreter):
         sources = [s for s in n.all_input_nodes if s in self.at]
         if n.op == "call_module" and len(sources) == 1:
             module, x = self.model.get_submodule(str(n.target)), self.value[sources[0]]
-            if rule := self.rules.get(type(module)):
+            rule = self.rules.get(type(module))
+            if rule and not (module._forward_pre_hooks or module._forward_hooks):  # hooks may rewrite weights
                 return rule(sources[0], str(n.target), module, x)  # type: ignore[arg-type]
             if type(module) is nn.Flatten and module.start_dim == 1:
                 return self._flat(sources[0], out)
@@ -196,8 +201,7 @@ class _Reader(fx.Interpreter):
         first = self.at[sources[0]]
         for s in sources[1:]:
             other, value = self.at[s], self.value[s]
-            # A tensor that is broadcast over channels says nothing about their order.
-            if isinstance(value, Tensor) and value.ndim > 1 and other.repeat == first.repeat:
+            if _rank(value) == _rank(self.value[sources[0]]) > 1 and other.repeat == first.repeat:
                 first.space.join(other.space)
             else:
                 self._fix(s, f"{n.name} is not followed")
@@ -206,6 +210,8 @@ class _Reader(fx.Interpreter):
 
     def _conv(self, source: fx.Node, name: str, conv: nn.Conv2d, x: Tensor) -> _At:
         at = self.at[source]
+        if x.ndim != conv.weight.ndim:
+            self._fix(source, f"{name} reads images without a batch")
         if conv.groups == 1 and at.repeat == 1:
             at.space.root().readers.append((name, 1))
             return self._new_space(conv.out_channels, writer=name)

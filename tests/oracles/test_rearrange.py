@@ -155,6 +155,28 @@ def test_what_cannot_be_followed_is_refused_or_left_alone():
     assert torch.equal(model(x), want)
 
 
+def test_layers_with_hooks_and_unlike_ranks_are_left_alone():
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.c(self.b(x) + x.mean((2, 3)))  # channels of the one meet columns of the other
+
+    model, x = Odd().eval(), torch.randn(8, 3, 8, 8)
+    want = model(x)
+    done = rearrange(model, x, pattern="2-row", density=0.5)
+    torch.testing.assert_close(model(x), want, atol=1e-5, rtol=1e-5)
+    assert done.moved == ()
+    hooked = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    hooked[0].register_forward_pre_hook(lambda module, args: None)
+    x = torch.randn(3, 8)
+    want = hooked(x)
+    assert rearrange(hooked, x, pattern="2-row").moved == () and torch.equal(hooked(x), want)
+
+
 def test_sparsebytenn_by_hand():
     w = torch.zeros(2, 3, 2, 2)
     w[0, 0], w[1, 0], w[0, 1], w[1, 1], w[0, 2], w[1, 2] = 1.0, 1.0, 3.0, -0.5, 0.0, 1.5
