@@ -16,6 +16,7 @@ PAGES = (
     "index.md",
     "quickstart.md",
     "guide/calibration.md",
+    "guide/decode.md",
     "guide/formats.md",
     "guide/kernels.md",
     "guide/pack.md",
