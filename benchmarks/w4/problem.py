@@ -45,7 +45,7 @@ def build(case):
     w_MK = torch.randn(m, k, generator=draw)
     if case.labels["density"] < 1:
         order = torch.rand(m, k // 16, generator=draw).argsort(1).argsort(1)
-        w_MK *= (order < k // 32).repeat_interleave(16, 1)
+        w_MK.masked_fill_((order >= k // 32).repeat_interleave(16, 1), 0)
     return Product(w_MK, torch.randn(case.labels["tokens"], k, generator=draw))
 
 

@@ -75,7 +75,8 @@ class Int4Groups(Format):
         Raises:
             FormatError: K is not a multiple of 16 or beyond 262 128; a weight is not finite; a scale overflows.
         """
-        w_MK, mask_MK = kept(matrix(w_MK), support_mask)
+        # Four bits cannot hold -0.0, which masks leave behind, so it does not keep a group either.
+        w_MK, mask_MK = kept(matrix(w_MK), w_MK != 0 if support_mask is None else support_mask)
         if w_MK.shape[1] % GROUP or w_MK.shape[1] > MOST_COLUMNS:
             raise FormatError(
                 f"int4groups stores columns in groups of {GROUP}, at most {MOST_COLUMNS}; got {w_MK.shape[1]}: pad them"

@@ -60,6 +60,11 @@ def test_the_best_groups_are_kept():
     assert not bool(kept[:, :48].any()) and bool(kept[:, 48:].any(1).all())
 
 
+def test_negative_zeros_that_a_mask_leaves_keep_no_group():
+    w = matrix(4, 64) * torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat_interleave(16)
+    assert Int4Groups.from_dense(w).density == 0.5
+
+
 def test_constant_and_tiny_ranges():
     assert torch.equal(Int4Groups.from_dense(torch.full((2, 32), 0.5)).to_dense(), torch.full((2, 32), 0.5))
     odd = Int4Groups.from_dense(torch.full((1, 16), 0.1))

@@ -43,7 +43,7 @@ X, INDPTR, INDICES, VALUES, CODES, BIAS, Y = range(ADDRESSES, ADDRESSES + 56, 8)
     TOKENS, ROWS, COLS, TASKS, ROWS_PER_TASK, SCRATCH_BYTES, X_BYTES, X_ROW, ACTIVATION,
 ) = range(Y + 8, Y + 8 * 10, 8)  # fmt: skip
 # Chunks ahead of the multiplier that memory is asked for.
-AHEAD = 64
+AHEAD = 128
 _VECTOR, _WORDS = ir.VectorType(_F32, 16), ir.VectorType(_I16, 32)
 # bfloat16 of 0 to 15, twice, so that the fifth bit of an index does not matter.
 _TABLE = [0, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0, *range(0x4100, 0x4180, 0x10)]
