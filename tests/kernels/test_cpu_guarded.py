@@ -102,11 +102,50 @@ def one_round(at_end):
             TileProduct.of(tiles)(guarded(x[:8].to(dtype).clone(), at_end), bias, "relu")
 
 
+def one_round_in_panels(at_end):
+    from gossamer.kernels.cpu.attention import plan_attention
+    from gossamer.kernels.cpu.elementwise import plan_elementwise, plan_rotary, rotary_table
+    from gossamer.kernels.cpu.embed import plan_embed
+    from gossamer.kernels.cpu.norm import plan_layer_norm
+    from gossamer.kernels.cpu.tokens import empty_panels, plan_panels_to_rows, plan_rows_to_panels
+
+    def run(plan, *tensors):
+        plan.run(*(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
+
+    batch, seq, heads, dim = (
+        random.randint(1, 3),
+        random.randint(1, 90),
+        random.randint(1, 3),
+        2 * random.randint(1, 10),
+    )
+    features, threads = heads * dim, torch.get_num_threads()
+    ids = guarded(torch.randint(7, (batch, seq)), at_end)
+    words, places = guarded(torch.randn(7, features), at_end), guarded(torch.randn(seq, features), at_end)
+    bad = guarded(torch.zeros(1, dtype=torch.int64), at_end)
+    room = empty_panels(batch, seq, features)
+    x, y, z, rows = (guarded(tensor, at_end) for tensor in (room, room, room, words[ids]))
+    run(plan_embed(batch, seq, features, (7, seq), threads=threads), ids, words, None, places, None, None, x, bad)
+    gamma, mask = guarded(torch.randn(features), at_end), guarded(torch.randn(batch, seq), at_end)
+    run(plan_layer_norm(len(x), features, 1e-5, threads=threads), x, x, gamma, gamma, x)
+    angle = torch.randn(seq, dim // 2)
+    cos, sin = (guarded(rotary_table(table), at_end) for table in (angle.cos(), angle.sin()))
+    run(plan_rotary(batch, seq, heads, dim, threads=threads), x, cos, sin, y)
+    run(plan_attention(batch, seq, heads, dim, causal=at_end, threads=threads), y, y, x, z, mask)
+    run(plan_elementwise(len(x), features, form="add", activation="silu", threads=threads), x, z, y)
+    run(plan_panels_to_rows(batch, seq, features, threads=threads), y, rows)
+    run(plan_rows_to_panels(batch, seq, features, threads=threads), rows, x)
+    assert rows.isfinite().all() and int(bad) == 0
+
+
 if __name__ == "__main__":
-    from gossamer.kernels.cpu import decode, plan
+    from gossamer.kernels.cpu import attention, decode, elementwise, embed, norm, plan, tokens
+
+    for module in (attention, elementwise, embed, norm, tokens):
+        module.GRAIN = 1
 
     plan.GRAIN = decode.GRAIN = 1
     random.seed(0), torch.manual_seed(0)
     for number in range(120):
         torch.set_num_threads(1 + number % 2)
         one_round(at_end=number % 3 > 0)
+        one_round_in_panels(at_end=number % 3 > 0)

@@ -107,6 +107,8 @@ EXACT = {
     "gelu": functional.gelu,
     "gelu_tanh": lambda z: functional.gelu(z, approximate="tanh"),
     "silu": functional.silu,
+    "relu6": functional.relu6,
+    "hard_swish": functional.hardswish,
 }
 
 

@@ -48,7 +48,7 @@ def plan_elementwise(
         features: K, how many take part.
         width: W, a multiple of 16: 64 for token panels, the plane stride for images.
         form: "alone", "add", "multiply" or "scale".
-        activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
+        activation: "none", "relu", "gelu" (erf), "gelu_tanh", "silu", "relu6" or "hard_swish".
         within: features per panel of x, z and y; K unless given.
         offsets: first feature of x, z and y in their panels.
         threads: how many threads may work.

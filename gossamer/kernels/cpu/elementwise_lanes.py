@@ -43,18 +43,18 @@ def combine_row(typing, lanes, how, code, x, z, y, count):
 
 
 @intrinsic(prefer_literal=True)
-def add_row(typing, lanes, source, target, count):
-    """target[:count] += source[:count], any count."""
+def sum_three(typing, lanes, first, second, third, target, count):
+    """target[:count] = (first + second) + third, any count."""
     L = lanes.literal_value
 
     def gen(ctx, b, sig, args):
-        source, target, count = args[1:]
+        first, second, third, target, count = args[1:]
 
         def adding(c):
             def some(i, _):
                 place = b.mul(i, c.n(4))
-                total = b.fadd(c.load(b.add(source, place)), c.load(b.add(target, place)))
-                c.store(total, b.add(target, place))
+                total = b.fadd(c.load(b.add(first, place)), c.load(b.add(second, place)))
+                c.store(b.fadd(total, c.load(b.add(third, place))), b.add(target, place))
                 return []
 
             return some
@@ -64,7 +64,7 @@ def add_row(typing, lanes, source, target, count):
         one.repeat(i, count, 1, [], adding(one))
         return ctx.get_dummy_value()
 
-    return types.void(lanes, *[_int] * 3), gen
+    return types.void(lanes, *[_int] * 5), gen
 
 
 @intrinsic(prefer_literal=True)

@@ -57,7 +57,7 @@ def plan_embed(
     threads = max(1, min(threads, 4 * panels, panels * features * WIDTH // GRAIN))
     # One cache line more than whole vectors, so that the rows of a transpose never share a set of the cache.
     line = padded(features) + 16
-    scratch = 4 * line * lanes()
+    scratch = 4 * line * (lanes() + 1)
     tables = [number for pair in zip(rows, ids_apart) for number in pair]
     tables += [0] * (2 * MOST_TABLES - len(tables))
     fixed = (panels, batch, seq, padded(seq), features, WIDTH, line, scratch, *tables)

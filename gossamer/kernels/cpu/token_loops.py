@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 
 from gossamer.kernels.cpu.cache import compile_kernel, helper
-from gossamer.kernels.cpu.elementwise_lanes import add_row
+from gossamer.kernels.cpu.elementwise_lanes import sum_three
 from gossamer.kernels.cpu.lanes import address_of, copy_row, get, take, transpose
 from gossamer.kernels.cpu.target import lanes
 from gossamer.kernels.cpu.threads import Entry
@@ -106,19 +106,24 @@ def unpacking() -> Entry:
 
 
 @helper
-def sum_of_rows(args, sequence, s, target):
-    """One embedding row of each table, summed; an id outside its table is counted and read as row 0."""
-    features, width = get(args + E_FEATURES), get(args + E_LINE)
-    copy_row(LANES, target, target, 0, width)
-    for table in range(3):
-        base, ids = get(args + E_TABLE + 16 * table), get(args + E_IDS + 16 * table)
-        if base != 0:
-            rows, apart = get(args + E_ROWS + 16 * table), get(args + E_ROWS + 16 * table + 8)
-            row = s if ids == 0 else get(ids + 8 * (sequence * apart + s))
-            if row < 0 or row >= rows:
-                take(get(args + E_BAD))
-                row = 0
-            add_row(LANES, base + 4 * row * features, target, features)
+def row_of(args, table, sequence, s, zeros):
+    """Address of the row that a table gives to a position: of zeros without a table, row 0 for an id outside it."""
+    base, ids = get(args + E_TABLE + 16 * table), get(args + E_IDS + 16 * table)
+    if base == 0:
+        return zeros
+    rows, apart = get(args + E_ROWS + 16 * table), get(args + E_ROWS + 16 * table + 8)
+    row = s if ids == 0 else get(ids + 8 * (sequence * apart + s))
+    if row < 0 or row >= rows:
+        take(get(args + E_BAD))
+        row = 0
+    return base + 4 * row * get(args + E_FEATURES)
+
+
+@helper
+def sum_of_rows(args, sequence, s, zeros, target):
+    """One embedding row of each table, summed."""
+    rows = row_of(args, 0, sequence, s, zeros), row_of(args, 1, sequence, s, zeros), row_of(args, 2, sequence, s, zeros)
+    sum_three(LANES, rows[0], rows[1], rows[2], target, get(args + E_FEATURES))
 
 
 @functools.cache
@@ -130,7 +135,8 @@ def embedding() -> Entry:
         rows = get(args + SCRATCH) + take(args + SLOT) * get(args + E_SCRATCH_BYTES)
         y, features, width, line = get(args + E_Y), get(args + E_FEATURES), get(args + E_WIDTH), get(args + E_LINE)
         batch, seq, pitch = get(args + E_BATCH), get(args + E_SEQ), get(args + E_PITCH)
-        tasks = get(args + E_PANELS) * width // LANES
+        tasks, zeros = get(args + E_PANELS) * width // LANES, rows + 4 * line * LANES
+        copy_row(LANES, zeros, zeros, 0, line)
         while True:
             task = take(args + NEXT)
             if task >= tasks:
@@ -138,7 +144,7 @@ def embedding() -> Entry:
             first = task * LANES
             real = real_positions(first, batch, seq, pitch)
             for t in range(real):
-                sum_of_rows(args, first // pitch, first % pitch + t, rows + 4 * t * line)
+                sum_of_rows(args, first // pitch, first % pitch + t, zeros, rows + 4 * t * line)
             into_panel(rows, 4 * line, real, features, panel_place(y, first, features, width), width)
 
     return Entry(compile_kernel(embed_kernel, "embedding"))
