@@ -17,16 +17,14 @@ from ..kernels.cpu.elementwise import plan_elementwise, plan_rotary, rotary_tabl
 from ..kernels.cpu.norm import plan_layer_norm, plan_rms_norm
 from ..kernels.cpu.spmm_panels import plan_panels
 from ..kernels.cpu.tokens import plan_panels_to_rows, plan_rows_to_panels
-from .layouts import Tokens
+from . import dense
+from .layouts import Layout, Tokens
 from .operators import Attention, Combine, Norm, Product, Rotary
 from .weights import Form, Weights
 
 if TYPE_CHECKING:
     from .memory import Buffer
     from .plan import Recorder, Slot, Value
-
-# A product this dense, on rows that come from torch, is left to torch's own dense one.
-DENSE = 0.7
 
 
 def to_panels(rec: Recorder, value: Value) -> tuple[Buffer, Tokens] | None:
@@ -63,8 +61,6 @@ def to_rows(rec: Recorder, value: Value) -> Slot:
 def product(rec: Recorder, node: fx.Node, op: Product, weights: Weights) -> Value | None:
     """act(W x + b + residual)."""
     source = rec.value(node.args[0])  # type: ignore[arg-type]
-    if source.layout is None and weights.density > DENSE:
-        return None
     found = to_panels(rec, source)
     if found is None:
         return None
@@ -75,11 +71,13 @@ def product(rec: Recorder, node: fx.Node, op: Product, weights: Weights) -> Valu
         if other is None or other[1].lead != layout.lead:
             return None
         residual = other[0]
-    return panel_product(rec, op, weights, x, layout, residual)
+    return panel_product(rec, op, weights, source, x, layout, residual)
 
 
-def panel_product(rec: Recorder, op: Product, weights: Weights, x: Buffer, layout, residual: Buffer | None) -> Value:
-    """The product of any panels, tokens or planes, with the weight form that is fastest on them."""
+def panel_product(
+    rec: Recorder, op: Product, weights: Weights, source: Value, x: Buffer, layout: Layout, residual: Buffer | None
+) -> Value:
+    """The product of any panels, tokens or planes, in the way that is fastest on them."""
     from .plan import Value
 
     out = layout.with_features(weights.w_MK.shape[0])
@@ -102,16 +100,14 @@ def panel_product(rec: Recorder, op: Product, weights: Weights, x: Buffer, layou
         launch = laid_out(form)
         return lambda: launch.run(x.address, y.address, bias, *extra)
 
-    work = (
-        layout.panels,
-        layout.width,
-        layout.used,
-        layout.used_last,
-        op.activation,
-        residual is not None,
-        rec.threads,
-    )
-    form = weights.fastest(work, way)
+    others = {}
+    if dense.worth_trying(op, weights, layout):
+        others = {dense.NAME: dense.way(op, weights, layout, x, y, rec.threads)}  # type: ignore[arg-type]
+    size = (layout.panels, layout.width, layout.used, layout.used_last)
+    form = weights.fastest((*size, op.activation, residual is not None, rec.threads), way, others)
+    if isinstance(form, str):
+        dense.record(rec, op, weights, source, layout, y, residual)  # type: ignore[arg-type]
+        return Value(buffer=y, layout=out)
     rec.keep.append(form)
     operands = (x, y, bias) if residual is None else (x, y, bias, residual)
     rec.launch(op.name, f"{form.name}, {1 - weights.density:.0%} zeros", laid_out(form), *operands)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -88,21 +89,27 @@ class Weights:
                 self._forms[name] = Form(name, self._makers[name]())
             return self._forms[name]
 
-    def fastest(self, work: object, ways: Callable[[Form], Callable[[], None] | None]) -> Form:
-        """The form that runs this work fastest: measured once, remembered.
+    def fastest(
+        self,
+        work: object,
+        ways: Callable[[Form], Callable[[], None]],
+        others: Mapping[str, Callable[[], None]] = MappingProxyType({}),
+    ) -> Form | str:
+        """The form that runs this work fastest, or the name of another way that does: measured once, remembered.
 
         Args:
             work: what the time depends on, such as panels, width and threads.
-            ways: a function that runs a form on real memory; None where it cannot.
+            ways: makes a function that runs a form on real memory.
+            others: functions that do the same without any form.
         """
         with self._lock:
             if work not in self._fastest:
-                self._fastest[work] = self._measured(ways)
-            return self.form(self._fastest[work])
+                self._fastest[work] = self._measured(ways, others)
+            name = self._fastest[work]
+            return self.form(name) if name in self._makers else name
 
-    def _measured(self, ways: Callable[[Form], Callable[[], None] | None]) -> str:
-        runs = {name: ways(self.form(name)) for name in self._makers}
-        able = {name: run for name, run in runs.items() if run is not None}
+    def _measured(self, ways: Callable[[Form], Callable[[], None]], others: Mapping[str, Callable[[], None]]) -> str:
+        able = {name: ways(self.form(name)) for name in self._makers} | dict(others)
         if len(able) == 1:
             return next(iter(able))
         times = _in_turn(able)

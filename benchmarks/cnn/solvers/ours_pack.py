@@ -1,4 +1,4 @@
-"""gossamer.pack: sparse layers in our kernels, one by one, everything else in torch."""
+"""gossamer.pack: sparse layers in our kernels, one by one, everything else as torch has it."""
 
 SPARSE = True
 
