@@ -1,7 +1,8 @@
 """P010, Xu et al., SparseByteNN, arXiv:2310.19509.
 
 Both halves on real weights: the network rearranged so that like filters meet, and a 30 % sparse network's speed.
-MobileNetV2 and EfficientNet-Lite0 stand in for MobileNetV1, whose weights are not at hand.
+MobileNetV2 and EfficientNet-Lite0 stand in for MobileNetV1, whose weights are not at hand. A first version left the
+batch norms as they were after the cut: no view was answered as by the dense network, in any order. The rule is the same.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def run(full: bool = False) -> Outcome:
     for zeros in ZEROS:
         moved = copy.deepcopy(dense)
         worst = max(worst, rearrange(moved, x[:2], pattern="(o {4}) [i] {...}", density=1 - zeros).difference)
-        ways = {"in order": (dense, False), "rearranged": (moved, False), "each layer its own order": (dense, True)}
+        ways = {"in order": (dense, False), "rearranged": (moved, False)}
+        ways |= {"each layer its own order": (dense, True)} if full else {}
         kept, close = {}, {}
         for way, (start, own) in ways.items():
             model = copy.deepcopy(start)
