@@ -2,7 +2,7 @@
 
 Both halves on real weights: the network rearranged so that like filters meet, and a 30 % sparse network's speed.
 MobileNetV2 and EfficientNet-Lite0 stand in for MobileNetV1, whose weights are not at hand. A first version left the
-batch norms as they were after the cut: no view was answered as by the dense network, in any order. The rule is the same.
+batch norms as they were after the cut: no view was answered as the dense network does, in any order. Same rule.
 """
 
 from __future__ import annotations
