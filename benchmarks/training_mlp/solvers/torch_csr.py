@@ -32,10 +32,8 @@ def prepare(data, threads):
     class Layer(nn.Module):
         def __init__(self, dense, mask):
             super().__init__()
-            w = (dense.weight.detach() * mask).to_sparse_csr()
-            if w.values().numel() != int(mask.sum()):
-                raise ValueError("a kept weight is exactly zero")
-            self.shape, self.values = tuple(mask.shape), nn.Parameter(w.values().clone())
+            w = mask.float().to_sparse_csr()
+            self.shape, self.values = tuple(mask.shape), nn.Parameter(dense.weight.detach()[mask])
             self.bias = nn.Parameter(dense.bias.detach().clone())
             self.register_buffer("crow", w.crow_indices().int())
             self.register_buffer("col", w.col_indices().int())
