@@ -74,9 +74,9 @@ class Spmm:
         return y_TM if self.back_M is None else y_TM.index_select(1, self.back_M)
 
     def run_columns(self, x_KN: Tensor, bias_M: Tensor | None, activation: str) -> Tensor:
-        """The same product over columns: x [K, N] to y [M, N], the layout of images."""
+        """The same product over columns: x [K, N] to y [M, N], or of several images."""
         y_MN = self.product_of_columns(self.stream, x_KN, self._stored(bias_M), activation)
-        return y_MN if self.back_M is None else y_MN.index_select(0, self.back_M)
+        return y_MN if self.back_M is None else y_MN.index_select(-2, self.back_M)
 
     def _stored(self, bias_M: Tensor | None) -> Tensor | None:
         """The bias in the order of the stored rows."""

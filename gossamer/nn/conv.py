@@ -1,87 +1,201 @@
-"""PackedConv2d: a 1x1 convolution whose weight is stored and multiplied in a sparse format.
+"""PackedConv2d: a convolution whose weight is stored and multiplied in a sparse format.
 
-Shapes: N images, K input and M output channels, H x W pixels.
+Shapes: N images, C input and M output channels, H x W pixels.
 """
 
 from __future__ import annotations
 
-from typing import Self
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv2d, pad
 
 from gossamer.core.errors import FormatError
+from gossamer.kernels.cpu.window import Window
+from gossamer.kernels.reference import activate
 from gossamer.nn.linear import FormatLike, PackedLinear
+
+Convolution = nn.Conv2d | nn.Conv1d
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a convolution is besides its weight.
+
+    Args:
+        kind: `nn.Conv2d` or `nn.Conv1d`.
+        channels: C, of all groups together.
+        window: kernel, stride, padding and dilation; of one line for `nn.Conv1d`.
+        groups: as in torch.
+        padding: as the dense layer was given it.
+    """
+
+    kind: type[Convolution]
+    channels: int
+    window: Window
+    groups: int
+    padding: Any
+
+    @property
+    def axes(self) -> int:
+        """Axes of pixels: 2 or 1."""
+        return 2 if self.kind is nn.Conv2d else 1
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether it mixes channels at one pixel only."""
+        return self.window == Window((1, 1)) and self.groups == 1
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the dense layer."""
+        window, axes = self.window, self.axes
+        sizes = {"kernel_size": window.kernel, "stride": window.stride, "dilation": window.dilation}
+        return {key: value[-axes:] for key, value in sizes.items()} | {"padding": self.padding, "groups": self.groups}
 
 
 class PackedConv2d(nn.Module):
-    """y[n, :, p] = act(W x[n, :, p] + b) at every pixel p, with W stored as a format.
+    """y = act(conv(x, W) + b) on images [N, C, H, W] (or lines [N, C, L]), with W stored as a format.
 
-    Sparse kernels read images in their own layout [N, K, H W]; other kernels see pixels as tokens.
+    Plain inference in float32 on a CPU runs sparse kernels without im2col. Elsewhere, and where gradients are wanted,
+    the weight is unpacked and convolved densely by torch; gradients reach x, the bias and the kept values.
 
     Args:
-        linear: the product at one pixel; build the layer with `from_conv`.
+        linear: holds the flattened weight [M, C / groups * kernel]; build the layer with `from_conv`.
+        shape: the convolution; 1x1 where None.
 
     Example:
         >>> from gossamer.formats import CSR
-        >>> layer = PackedConv2d.from_conv(nn.Conv2d(4, 3, 1), CSR)
+        >>> layer = PackedConv2d.from_conv(nn.Conv2d(4, 3, 3, padding=1), CSR)
         >>> layer(torch.zeros(2, 4, 5, 5)).shape
         torch.Size([2, 3, 5, 5])
     """
 
-    def __init__(self, linear: PackedLinear) -> None:
+    def __init__(self, linear: PackedLinear, shape: Shape | None = None) -> None:
         super().__init__()
         self.linear = linear
+        self.shape = shape or Shape(nn.Conv2d, linear.in_features, Window((1, 1)), 1, 0)
 
     @classmethod
     def from_conv(
         cls,
-        conv: nn.Conv2d,
+        conv: Convolution,
         fmt: FormatLike,
         *,
         backend: str | None = None,
         activation: str = "none",
         support_mask: Tensor | None = None,
     ) -> Self:
-        """Pack a convolution that mixes channels only.
+        """Pack a convolution.
 
         Args:
-            conv: kernel 1x1, stride 1, no padding, one group; it is not changed.
-            fmt: as in `PackedLinear.from_linear`.
+            conv: `nn.Conv2d` or `nn.Conv1d` with any stride, zero padding, dilation and groups; it is not changed.
+            fmt: as in `PackedLinear.from_linear`; it stores the weight flattened to [M, C / groups * kernel].
             backend: insist on a backend by name.
             activation: fused after the product.
             support_mask: bool, in the shape of the weight.
 
         Raises:
-            FormatError: another kind of convolution; leave it dense.
+            FormatError: another kind of layer, or padding with anything but zeros; leave it dense.
         """
-        if not is_pointwise(conv):
-            raise FormatError(f"PackedConv2d packs 1x1 convolutions of stride 1 and one group, got {conv}")
-        weight = conv.weight.flatten(1)
+        shape, weight = _shape_of(conv), conv.weight.flatten(1)
         mask = None if support_mask is None else support_mask.flatten(1)
         linear = PackedLinear.from_linear(weight, fmt, backend=backend, activation=activation, support_mask=mask)
         if conv.bias is not None:
             linear.bias = nn.Parameter(conv.bias.detach().clone(), requires_grad=conv.bias.requires_grad)
-        return cls(linear).train(conv.training)
+        return cls(linear, shape).train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        linear = self.linear
-        if x.dim() not in (3, 4) or x.shape[-3] != linear.in_features:
-            want = f"[N, {linear.in_features}, H, W]"
-            raise FormatError(f"the layer takes images {want} or without N, got shape {tuple(x.shape)}")
-        product = None if linear.as_operator(x) else getattr(linear.plan.runner, "run_columns", None)
-        if product is None or x.dtype is not torch.float32:
-            return linear(x.movedim(-3, -1)).movedim(-1, -3)
-        y = product(x.flatten(-2).contiguous(), linear.bias, linear.activation)
-        return y.view(*x.shape[:-3], linear.out_features, *x.shape[-2:])
+        self._check(x)
+        if self.shape.pointwise:
+            return self._pixels(x)
+        lines = x.unsqueeze(-2) if self.shape.axes == 1 else x
+        y = self._sparse(lines)
+        y = self._dense(lines) if y is None else y
+        return y.squeeze(-2) if self.shape.axes == 1 else y
 
-    def unpack(self) -> nn.Conv2d:
+    def _check(self, x: Tensor) -> None:
+        axes, channels = self.shape.axes, self.shape.channels
+        if x.dim() not in (axes + 1, axes + 2) or x.shape[-axes - 1] != channels:
+            want = f"images [N, {channels}, H, W]" if axes == 2 else f"lines [N, {channels}, L]"
+            raise FormatError(f"the layer takes {want} or without N, got shape {tuple(x.shape)}")
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        """A 1x1 convolution: sparse kernels read images in their own layout, others see pixels as tokens."""
+        linear, axes = self.linear, self.shape.axes
+        product = None if linear.as_operator(x) else getattr(linear.current_plan().runner, "run_columns", None)
+        if product is None or x.dtype is not torch.float32:
+            return linear(x.movedim(-axes - 1, -1)).movedim(-1, -axes - 1)
+        y = product(x.flatten(-axes).contiguous(), linear.bias, linear.activation)
+        return y.view(*x.shape[: -axes - 1], linear.out_features, *x.shape[-axes:])
+
+    def _sparse(self, x: Tensor) -> Tensor | None:
+        """The convolution by the sparse kernels; None where they do not serve."""
+        linear, shape = self.linear, self.shape
+        if linear.as_operator(x) or x.dtype is not torch.float32 or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+            return None
+        runner = linear.current_plan().runner
+        order, weights = getattr(runner, "order_M", None), getattr(runner, "stream", None)
+        if weights is None or (order is not None and shape.groups > 1):
+            return None
+        from gossamer.kernels.cpu.conv import refuse_conv, sparse_conv
+
+        if refuse_conv(weights, shape.window, shape.groups) is not None:
+            return None
+        bias = linear.bias if linear.bias is None or order is None else linear.bias.index_select(0, order)
+        y = sparse_conv(weights, x.contiguous(), shape.window, bias, linear.activation, groups=shape.groups)
+        return y if order is None else y.index_select(-3, runner.back_M)
+
+    def _dense(self, x: Tensor) -> Tensor:
+        """The same by torch, from the unpacked weight."""
+        linear, window = self.linear, self.shape.window
+        weight = linear.weight.unflatten(1, (-1, *window.kernel))
+        top, left, bottom, right = window.padding
+        if (top, left) != (bottom, right):
+            x, top, left = pad(x, (left, right, top, bottom)), 0, 0
+        y = conv2d(x, weight, linear.bias, window.stride, (top, left), window.dilation, self.shape.groups)
+        return activate(y, linear.activation)
+
+    def unpack(self) -> Convolution:
         """The dense convolution this was packed from, bit for bit. Raises FormatError when an activation is fused."""
-        dense = self.linear.unpack()
-        conv = nn.Conv2d(dense.in_features, dense.out_features, 1, bias=False, device="meta")
-        conv.weight = nn.Parameter(dense.weight.detach()[:, :, None, None])
+        dense, shape = self.linear.unpack(), self.shape
+        conv = shape.kind(shape.channels, dense.out_features, bias=False, device="meta", **shape.options())
+        conv.weight = nn.Parameter(dense.weight.detach().view(conv.weight.shape))
         conv.bias = dense.bias
         return conv.train(self.training)
+
+    def extra_repr(self) -> str:
+        named = ", ".join(f"{key}={value}" for key, value in self.shape.options().items())
+        return f"{self.shape.channels}, {self.linear.out_features}, {named}"
+
+
+def _shape_of(conv: nn.Module) -> Shape:
+    """What a convolution is besides its weight; FormatError for what cannot be packed."""
+    if not isinstance(conv, nn.Conv2d | nn.Conv1d):
+        raise FormatError(f"PackedConv2d packs nn.Conv2d and nn.Conv1d, got {type(conv).__name__}; leave it dense")
+    if conv.padding_mode != "zeros":
+        raise FormatError(f"PackedConv2d pads with zeros, the layer pads with {conv.padding_mode}; leave it dense")
+    kind = nn.Conv2d if isinstance(conv, nn.Conv2d) else nn.Conv1d
+    kernel, stride, dilation = (_pair(sizes, 1) for sizes in (conv.kernel_size, conv.stride, conv.dilation))
+    window = Window(kernel, stride, _padding(conv, kernel, dilation), dilation)
+    return Shape(kind, conv.in_channels, window, conv.groups, conv.padding)
+
+
+def _pair(sizes: tuple[int, ...], missing: int) -> tuple[int, int]:
+    """Sizes down and across; a line has one only."""
+    return (missing, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+def _padding(conv: Convolution, kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Padding as top, left, bottom, right; torch's "same" puts an odd one below and on the right."""
+    if conv.padding == "valid":
+        return 0, 0, 0, 0
+    if conv.padding == "same":
+        down, across = ((k - 1) * d for k, d in zip(kernel, dilation))
+        return down // 2, across // 2, down - down // 2, across - across // 2
+    down, across = _pair(conv.padding, 0)
+    return down, across, down, across
 
 
 def is_pointwise(conv: nn.Module) -> bool:

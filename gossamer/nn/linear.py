@@ -140,6 +140,14 @@ class PackedLinear(nn.Module):
         self._of = values
         return self._plan
 
+    def current_plan(self) -> Plan:
+        """The kernel chosen before, or chosen now where there is none or its weights have changed."""
+        plan, values = self._plan, self._buffers["values"]
+        # An optimizer step writes to the values in place; a kernel may hold a re-ordered copy of the old ones.
+        if plan is None or self._of is not values or (self._seen is not None and self._seen != values._version):
+            return self.plan
+        return plan
+
     def explain(self) -> str:
         """Say which kernel runs, and why not the others."""
         return explain(self.plan)
@@ -166,11 +174,7 @@ class PackedLinear(nn.Module):
             return torch.ops.gossamer.sparse_linear(
                 x, self._parts(), self._record, self.bias, self.activation, self.backend or "", self.tokens
             )
-        plan = self._plan
-        # An optimizer step writes to the values in place; a kernel may hold a re-ordered copy of the old ones.
-        values = self._buffers["values"]
-        if plan is None or self._of is not values or (self._seen is not None and self._seen != values._version):
-            plan = self.plan
+        plan = self.current_plan()
         x = _autocast(x, plan.call.dtype)
         check_input(x, self.in_features, plan.call)
         return run_over(plan, x, self._parameters["bias"], self.activation)

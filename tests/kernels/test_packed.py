@@ -10,7 +10,7 @@ from torch import nn
 
 from gossamer.core.errors import DispatchError, FormatError, UnknownName
 from gossamer.formats import CSR, NM, Bitmask, Block, Dense, RowGrouped, TileBitmask
-from gossamer.nn import PackedConv2d, PackedLinear, is_pointwise
+from gossamer.nn import PackedConv2d, PackedLinear
 
 BUILDS = {
     "dense": Dense,
@@ -279,18 +279,6 @@ def test_pointwise_convolution(name):
     assert torch.equal(back.weight, conv.weight) and torch.equal(back.bias, conv.bias)
     with pytest.raises(FormatError, match="takes images"):
         packed(torch.zeros(2, 19, 5, 5))
-
-
-def test_other_convolutions_stay_dense():
-    for conv in (
-        nn.Conv2d(4, 4, 3),
-        nn.Conv2d(4, 4, 1, stride=2),
-        nn.Conv2d(4, 4, 1, groups=2),
-        nn.Conv2d(4, 4, 1, padding=1),
-    ):
-        assert not is_pointwise(conv)
-        with pytest.raises(FormatError, match="1x1"):
-            PackedConv2d.from_conv(conv, CSR)
 
 
 @pytest.mark.gpu

@@ -1,40 +1,232 @@
 """Convolutions by sparse weights on the CPU, without im2col.
 
-Shapes: M output channels, C input channels, H and W height and width, E stored entries.
+Shapes: N images, M output channels, C input channels, H and W height and width, E stored entries.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from gossamer.core.errors import FormatError
-from gossamer.kernels.cpu.checks import activation_code, need_bias, need_floats, output
-from gossamer.kernels.cpu.plan import LINES, Image, Layout, known, make_plan, run
-from gossamer.kernels.cpu.stream import Stream
+from gossamer.kernels.cpu import conv_plan
+from gossamer.kernels.cpu.checks import need_bias, need_floats, output
+from gossamer.kernels.cpu.conv_layout import ALIGNED, FLAT, HALO, Lines
+from gossamer.kernels.cpu.conv_plan import bounds_of, laid_out, run_on, zeros_at
+from gossamer.kernels.cpu.launch import Launch
+from gossamer.kernels.cpu.plan import remember
+from gossamer.kernels.cpu.planes import plane_stride
+from gossamer.kernels.cpu.stream import Stream, stream
+from gossamer.kernels.cpu.window import Window
 
-# A panel of image lines may fill a quarter of a second-level cache of 1 MiB.
-_PANEL_BYTES = 1 << 18
+# Packed lines of a panel may fill this much of a second-level cache of 1 MiB, and a block of channels this much of a
+# first-level cache of 48 KiB, by rows of a group. Twenty entries pay for the start and end of a group's turn.
+_L2_BYTES, _L1_BYTES, _WORTHWHILE = 1 << 19, {1: 28 << 10, 2: 28 << 10, 4: 40 << 10, 8: 40 << 10}, 20
 
 
-def spmm_conv(
-    stream: Stream,
-    x_CHW: Tensor,
-    kernel: tuple[int, int],
-    padding: tuple[int, int] = (0, 0),
-    bias_M: Tensor | None = None,
-    activation: str = "none",
-    out: Tensor | None = None,
-) -> Tensor:
-    """Convolve with stride 1, without im2col: every kept weight is one offset into the padded image.
+@dataclass(frozen=True)
+class Tuning:
+    """How a convolution is laid out; `None` decides by the weights.
 
     Args:
-        stream: weights [M, C * kernel height * kernel width], columns in the order of a flattened conv weight.
-        x_CHW: float32 [C, H, W] or [images, C, H, W], contiguous.
-        kernel: height and width of the kernel.
-        padding: zeros added above and below, left and right.
+        mode: FLAT, ALIGNED or HALO (see `conv_layout`).
+        block: channels of a block.
+        panel: output lines of a panel.
+    """
+
+    mode: int | None = None
+    block: int | None = None
+    panel: int | None = None
+
+
+def dense_stream(weight_MK: Tensor) -> Stream:
+    """A dense weight as a stream that keeps everything, in groups of eight rows: for first convolutions.
+
+    Example:
+        >>> first = dense_stream(conv.weight.detach().flatten(1))
+    """
+    rows, cols = weight_MK.shape
+    groups = -(-rows // 8)
+    values = torch.zeros(groups * 8, cols, dtype=torch.float32)
+    values[:rows] = weight_MK.detach()
+    values = values.view(groups, 8, cols).transpose(1, 2).reshape(-1, 8).contiguous()
+    indptr = torch.arange(groups + 1, dtype=torch.int32) * cols
+    return stream(8, rows, cols, indptr, torch.arange(cols, dtype=torch.int32).repeat(groups), values)
+
+
+def plan_conv(
+    weights: Stream,
+    images: int,
+    high: int,
+    wide: int,
+    window: Window,
+    *,
+    groups: int = 1,
+    activation: str = "none",
+    residual: bool = False,
+    threads: int = 1,
+    strides: tuple[int, int] | None = None,
+    tuning: Tuning | None = None,
+) -> Launch:
+    """Lay out act(conv(x) + bias + residual) on image planes; run it with addresses x, y, bias[, residual].
+
+    Args:
+        weights: [M, C / groups * kernel height * kernel width], columns in the order of a flattened conv weight.
+        images: N.
+        high, wide: H and W of x.
+        window: kernel, stride, padding, dilation.
+        groups: as in `torch.nn.Conv2d`; rows that share their columns must lie in one group.
+        activation: "none", "relu", "relu6", "silu", "hard_swish", "gelu" or "gelu_tanh".
+        residual: whether a fourth address brings planes to add, of the size of y, which may be y itself; bias may be 0.
+        threads: how many may work.
+        strides: floats from plane to plane of x and of y (and the residual); `plane_stride` of their pixels if None.
+        tuning: how to lay it out, for measuring.
+
+    Raises:
+        FormatError: weights, window and groups do not fit each other or the image.
+        UnknownName: no such activation.
+
+    Example:
+        >>> launch = plan_conv(weights, 1, 28, 28, Window((3, 3), padding=(1, 1, 1, 1)), activation="relu")
+        >>> launch.run(x.data_ptr(), y.data_ptr(), bias.data_ptr())
+    """
+    from gossamer.kernels.cpu.conv_kernel import kernel, widths
+    from gossamer.kernels.cpu.target import lanes
+
+    if (refused := refuse_conv(weights, window, groups)) is not None:
+        raise FormatError(refused)
+    out_high, out_wide = window.output(high, wide)
+    pixels, out_pixels = high * wide, out_high * out_wide
+    x_plane, y_plane = strides or (plane_stride(pixels), plane_stride(out_pixels))
+    channels, most = weights.cols // window.taps * groups, widths(weights.g)[-1]
+    work = weights.values_EG.numel() * out_pixels * images
+    threads = max(1, min(threads, work // conv_plan.GRAIN))
+    lines = _lines(
+        weights, window, out_high, out_wide, channels, threads if images < threads else 1, tuning or Tuning()
+    )
+    offsets, starts = _entries(weights, window, groups, lines, _block(weights, window, lines, most, tuning))
+    table, places = torch.from_numpy(lines.table()), torch.from_numpy(lines.places())
+    chunks = max(1, min(weights.groups, -(-threads // (lines.panels * images))))
+    tasks = images * lines.panels * chunks
+    sums_at = 4 * channels * lines.channel + 4 * lanes() * (most + 1)
+    hold = 4 * lanes() * most * weights.g * -(-weights.groups // chunks) if len(starts) > 2 else 0
+    scratch = -(-(sums_at + hold) // 64) * 64
+    code, low_at, high_at = bounds_of(activation)
+    fixed = (
+        tasks, chunks, lines.panels, scratch, sums_at,
+        4 * x_plane * channels, 4 * x_plane, 4 * y_plane * weights.rows, 4 * y_plane,
+        weights.rows, weights.groups, len(starts) - 1, starts.data_ptr(), offsets.data_ptr(),
+        weights.values_EG.data_ptr(), channels, 4 * lines.channel,
+        table.data_ptr(), len(table), lines.pitch, lines.panel * window.stride[0], window.stride[1], high, wide,
+        lines.vectors(lines.panel), lines.vectors(lines.last), places.data_ptr(), 8 * places[0].numel(),
+        4 * lines.panel * out_wide, 4 * out_pixels, code, low_at, high_at, zeros_at(),
+    )  # fmt: skip
+    threads = min(threads, tasks)
+    entry = kernel(weights.g, lines.pieces, int(residual))
+    holds = (table, places, offsets, starts, weights.values_EG)
+    return laid_out(
+        entry,
+        addresses=3 + residual,
+        absent=1 - residual,
+        fixed=fixed,
+        threads=threads,
+        scratch_bytes=scratch * threads,
+        holds=holds,
+    )
+
+
+def refuse_conv(weights: Stream, window: Window, groups: int) -> str | None:
+    """Why these weights cannot be run as such a convolution; None when they can."""
+    if weights.cols % window.taps:
+        return f"a kernel of {window.kernel} needs a multiple of {window.taps} columns, the weights have {weights.cols}"
+    if groups < 1 or weights.rows % groups:
+        return f"{weights.rows} output channels do not fall into {groups} groups"
+    if weights.rows // groups % weights.g and groups > 1:
+        return f"groups of {weights.rows // groups} channels cut through {weights.g} rows that share their columns"
+    return None
+
+
+def _lines(
+    weights: Stream, window: Window, out_high: int, out_wide: int, channels: int, threads: int, tuning: Tuning
+) -> Lines:
+    """Choose how columns are copied, and panels that fit the second-level cache and share out among threads."""
+    from gossamer.kernels.cpu.target import lanes
+
+    mode = _mode(weights.g, out_wide, lanes()) if tuning.mode is None else tuning.mode
+    for panels in range(min(threads, out_high), out_high + 1):
+        panel = tuning.panel or -(-out_high // panels)
+        lines = Lines(window, out_high, out_wide, mode, panel, lanes())
+        if tuning.panel or 4 * channels * lines.channel <= _L2_BYTES:
+            break
+    return lines
+
+
+def _mode(g: int, out_wide: int, lanes: int) -> int:
+    """Aligned loads for single rows, which do nothing but load; shared ones make room for other columns instead.
+
+    Images narrower than a vector have their pixels one after the other.
+    """
+    if out_wide < lanes - 2:
+        return FLAT
+    wasted = -(-out_wide // lanes) * lanes / out_wide
+    return ALIGNED if g == 1 and wasted < 1.25 else HALO
+
+
+def _block(weights: Stream, window: Window, lines: Lines, most: int, tuning: Tuning | None) -> int:
+    """Channels of a block: what a tile reads of them fills the first-level cache, unless the weights are too few."""
+    if tuning is not None and tuning.block is not None:
+        return tuning.block
+    density = weights.indices_E.numel() / max(1, weights.groups * weights.cols)
+    worth = round(_WORTHWHILE / max(density * window.taps, 1e-6))
+    most_channels = max(1, worth, _L1_BYTES[weights.g] // (4 * lines.reach(most)))
+    # Blocks of one size, rather than a small one at the end.
+    channels = max(1, weights.cols // window.taps)
+    return -(-channels // -(-channels // most_channels))
+
+
+def _entries(weights: Stream, window: Window, groups: int, lines: Lines, block: int) -> tuple[Tensor, Tensor]:
+    """Byte offsets of all entries into a packed panel, and where each (block, row group) starts among them."""
+    begin, end = weights.starts_BG[0].numpy(), weights.starts_BG[-1].numpy()
+    row_E = np.repeat(np.arange(weights.groups), end - begin)
+    column_E = weights.indices_E.to(torch.int32).numpy().astype(np.int64)
+    each = weights.cols // window.taps
+    channel_E, tap_E = np.divmod(column_E, window.taps)
+    channel_E += row_E * weights.g // max(1, weights.rows // groups) * each
+    offset_E = 4 * (channel_E * lines.channel + lines.taps()[tap_E])
+    first_E = (row_E * weights.g // max(1, weights.rows // groups)) * each
+    blocks = max(1, -(-each // block))
+    counts = np.bincount(
+        np.minimum((channel_E - first_E) // block, blocks - 1) * weights.groups + row_E,
+        minlength=blocks * weights.groups,
+    ).reshape(blocks, weights.groups)
+    starts = np.concatenate([begin[None], begin[None] + counts.cumsum(0)])
+    return torch.from_numpy(offset_E.astype(np.int32)), torch.from_numpy(starts.astype(np.int32))
+
+
+def sparse_conv(
+    weights: Stream,
+    x_NCHW: Tensor,
+    window: Window,
+    bias_M: Tensor | None = None,
+    activation: str = "none",
+    *,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Convolve ordinary images by sparse weights: act(conv(x) + bias + residual).
+
+    Args:
+        weights: [M, C / groups * kernel height * kernel width], columns in the order of a flattened conv weight.
+        x_NCHW: float32 [C, H, W] or [N, C, H, W], contiguous.
+        window: kernel, stride, padding, dilation.
         bias_M: float32 [M].
-        activation: as in `spmm`.
+        activation: as in `plan_conv`.
+        groups: as in `plan_conv`.
+        residual: added before the activation, in the shape of the result; may be `out` itself.
         out: where to write; made when None.
 
     Raises:
@@ -42,46 +234,53 @@ def spmm_conv(
         UnknownName: no such activation.
 
     Example:
-        >>> y = spmm_conv(weights, image, (3, 3), (1, 1), bias, "relu")
+        >>> y = sparse_conv(weights, image, Window((3, 3), (2, 2), (1, 1, 1, 1)), bias, "relu")
     """
-    code = activation_code(activation)
-    need_bias(stream.rows, bias_M)
-    (kh, kw), (ph, pw) = kernel, padding
-    channels, rest = divmod(stream.cols, kh * kw)
-    fits = x_CHW.dim() in (3, 4) and rest == 0 and x_CHW.shape[-3] == channels
-    need_floats("x", x_CHW, f"[..., {stream.cols}/({kh}*{kw}), H, W]", fits)
-    high, wide = x_CHW.shape[-2:]
-    out_high, out_wide = high + 2 * ph - kh + 1, wide + 2 * pw - kw + 1
-    if out_high <= 0 or out_wide <= 0 or min(ph, pw) < 0:
-        raise FormatError(f"a {kh}x{kw} kernel does not fit into {high}x{wide} pixels padded by {ph} and {pw}")
-    out = output(out, (*x_CHW.shape[:-3], stream.rows, out_high, out_wide))
+    need_bias(weights.rows, bias_M)
+    if (refused := refuse_conv(weights, window, groups)) is not None:
+        raise FormatError(refused)
+    channels = weights.cols // window.taps * groups
+    fits = x_NCHW.dim() in (3, 4) and x_NCHW.shape[-3] == channels
+    need_floats("x", x_NCHW, f"[..., {channels}, H, W]", fits)
+    (high, wide), images = x_NCHW.shape[-2:], x_NCHW.shape[0] if x_NCHW.dim() == 4 else 1
+    out_high, out_wide = window.output(high, wide)
+    out = output(out, (*x_NCHW.shape[:-3], weights.rows, out_high, out_wide))
+    if residual is not None:
+        need_floats("residual", residual, str(list(out.shape)), residual.shape == out.shape)
     if out.numel():
-        images, threads = x_CHW.shape[0] if x_CHW.dim() == 4 else 1, torch.get_num_threads()
-        key = (LINES, images, high, wide, kernel, padding, code, threads)
-        if (plan := known(stream, key)) is None:
-            image, size = _image(stream, kernel, padding, high, wide), 4 * out_high * out_wide
-            layout = Layout(
-                out_high, LINES, 4 * high * wide, LINES, size, images,
-                4 * high * wide * channels, size * stream.rows, image,
-            )  # fmt: skip
-            plan = make_plan(stream, key, layout, code, threads)
-        run(plan, x_CHW.data_ptr(), out.data_ptr(), bias_M)
+        planned = _planned(weights, images, high, wide, window, groups, activation, residual is not None)
+        run_on(planned, x_NCHW, out, bias_M, residual)
     return out
 
 
-def _image(stream: Stream, kernel: tuple[int, int], padding: tuple[int, int], high: int, wide: int) -> Image:
-    """Choose how many lines a panel holds, and give every entry its offset into such a panel."""
-    (kh, kw), (ph, pw) = kernel, padding
-    channels, line, out_high = stream.cols // (kh * kw), wide + 2 * pw, high + 2 * ph - kh + 1
-    room = _PANEL_BYTES // (4 * channels * line) - (kh - 1)
-    panels = -(-out_high // max(1, min(out_high, room)))
-    panel_lines = -(-out_high // panels)
-    floats = -(-((panel_lines + kh - 1) * line + pw) // 16) * 16
-    key = (kernel, line, floats)
-    if (offsets_E := stream.offsets_by_geometry.get(key)) is None:
-        column_E = stream.indices_E.to(torch.int32)
-        place_E = column_E % (kh * kw)
-        offsets_E = (column_E // (kh * kw)) * floats + (place_E // kw) * line + place_E % kw
-        stream.offsets_by_geometry[key] = offsets_E = offsets_E.to(torch.int32).contiguous()
-    kept = wide + 2 * pw - kw + 1
-    return Image(offsets_E, channels, panel_lines, line, kept, floats, kh - 1, high, wide, ph, pw)
+def _planned(
+    weights: Stream, images: int, high: int, wide: int, window: Window, groups: int, activation: str, residual: bool
+) -> Launch:
+    """The plan for this size of ordinary images, remembered with the weights."""
+    threads = torch.get_num_threads()
+    key = ("conv", images, high, wide, window, groups, activation, residual, threads, weights.addresses)
+    if (found := weights.plans.get(key)) is None:
+        out_high, out_wide = window.output(high, wide)
+        found = plan_conv(
+            weights, images, high, wide, window, groups=groups, activation=activation, residual=residual,
+            threads=threads, strides=(high * wide, out_high * out_wide),
+        )  # fmt: skip
+        remember(weights, key, found)
+    return found
+
+
+def spmm_conv(
+    weights: Stream,
+    x_CHW: Tensor,
+    kernel: tuple[int, int],
+    padding: tuple[int, int] = (0, 0),
+    bias_M: Tensor | None = None,
+    activation: str = "none",
+    out: Tensor | None = None,
+) -> Tensor:
+    """`sparse_conv` with stride 1 and the same padding on opposite sides.
+
+    Example:
+        >>> y = spmm_conv(weights, image, (3, 3), (1, 1), bias, "relu")
+    """
+    return sparse_conv(weights, x_CHW, Window(kernel, padding=(*padding, *padding)), bias_M, activation, out=out)

@@ -90,36 +90,30 @@ def strided_inside(b, first, step, wide, lanes: int):
     return b.icmp_unsigned("<", columns, _splat(b, b.trunc(wide, _I32), lanes))
 
 
-def _hard_swish(v: Vector, x):
-    """x min(max(x + 3, 0), 6) / 6."""
-    gate = v.at_most(v.at_least(v.b.fadd(x, v.const(3.0)), 0.0), 6.0)
-    return v.b.fmul(v.b.fmul(x, gate), v.const(1.0 / 6.0))
-
-
-_EMIT = {
-    GELU: lambda v, x: activations.emit(v, activations.GELU, x),
-    GELU_TANH: lambda v, x: activations.emit(v, activations.GELU_TANH, x),
-    SILU: lambda v, x: activations.emit(v, activations.SILU, x),
-    HARD_SWISH: _hard_swish,
+_CODES = {
+    GELU: activations.GELU,
+    GELU_TANH: activations.GELU_TANH,
+    SILU: activations.SILU,
+    HARD_SWISH: activations.HARD_SWISH,
 }
 
 
 @intrinsic(prefer_literal=True)
 def activate_row(typing, lanes, code, y, count):
     """y[i] = activation(y[i]) for `count` floats."""
-    L, act = lanes.literal_value, code.literal_value
+    L, act = lanes.literal_value, _CODES[code.literal_value]
 
     def gen(ctx, b, sig, args):
         y, count = args[2:]
         kind = ir.VectorType(_F32, L)
         loop = _Loop(b, _n(0), count, L, [])
         at = b.add(y, b.mul(loop.i, _n(4)))
-        _store(b, _EMIT[act](Vector(b, L), _load(b, at, kind, 4)), at, 4)
+        _store(b, activations.emit(Vector(b, L), act, _load(b, at, kind, 4)), at, 4)
         loop.close([])
         rest = b.sub(count, loop.i)
         with b.if_then(b.icmp_signed(">", rest, _n(0))):
             mask, at = _lane_mask(b, rest, L), b.add(y, b.mul(loop.i, _n(4)))
-            _masked_store(b, _EMIT[act](Vector(b, L), _masked_load(b, at, mask, L)), at, mask, L)
+            _masked_store(b, activations.emit(Vector(b, L), act, _masked_load(b, at, mask, L)), at, mask, L)
         return ctx.get_dummy_value()
 
     return types.void(lanes, code, _int, _int), gen

@@ -1,8 +1,6 @@
-"""What the planners of image planes share: launches that keep their weights alive, bounds, and fair shares of work."""
+"""What the planners of image planes share: launches with addresses left out, bounds, and fair shares of work."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,29 +14,19 @@ GRAIN = 500_000
 _BOUNDS: dict[float, Tensor] = {}
 
 
-@dataclass(frozen=True)
-class KeptLaunch(Launch):
-    """A launch whose fixed numbers hold addresses of these tensors.
-
-    Args:
-        keeps: tensors that must live as long as the launch.
-    """
-
-    keeps: tuple[Tensor, ...] = ()
-
-
-def kept_launch(
+def laid_out(
     entry: Entry,
     *,
     addresses: int,
+    absent: int = 0,
     fixed: tuple[int, ...],
     threads: int,
     scratch_bytes: int = 0,
-    keeps: tuple[Tensor, ...] = (),
-) -> KeptLaunch:
-    """`launch`, with the tensors whose addresses are among the fixed numbers."""
-    made = launch(entry, addresses=addresses, fixed=fixed, threads=threads, scratch_bytes=scratch_bytes)
-    return KeptLaunch(made.entry, made.threads, made.scratch_bytes, made.block, made.fixed, keeps)
+    holds: tuple[Tensor, ...] = (),
+) -> Launch:
+    """`launch` of a kernel of which calls bring all addresses but the last, `absent` ones: those are 0."""
+    fixed = (0,) * absent + fixed
+    return launch(entry, addresses=addresses, fixed=fixed, threads=threads, scratch_bytes=scratch_bytes, holds=holds)
 
 
 def _address(number: float) -> int:
@@ -65,3 +53,9 @@ def shares(units: int, each: int, threads: int) -> tuple[int, int]:
     """Threads that `units` pieces of `each` multiply-adds pay for, and into how many tasks to cut them."""
     threads = max(1, min(threads, units, units * each // GRAIN))
     return threads, min(units, 1 if threads == 1 else 4 * threads)
+
+
+def run_on(plan: Launch, x: Tensor, y: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    """Run a convolution's plan on these tensors."""
+    more = () if residual is None else (residual.data_ptr(),)
+    plan.run(x.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr(), *more)

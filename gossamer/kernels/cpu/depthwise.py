@@ -13,12 +13,13 @@ from torch import Tensor
 
 from gossamer.core.errors import FormatError
 from gossamer.kernels.cpu.checks import need_bias, need_floats, output
-from gossamer.kernels.cpu.conv_plan import KeptLaunch, bounds_of, kept_launch, shares, zeros_at
+from gossamer.kernels.cpu.conv_plan import bounds_of, laid_out, run_on, shares, zeros_at
+from gossamer.kernels.cpu.launch import Launch
 from gossamer.kernels.cpu.planes import plane_stride
 from gossamer.kernels.cpu.window import Window
 
-# Which vector code: down the lines with stride 1 or 2, or any window tap by tap.
-WALK, STRIDE, SLIDE = range(3)
+# Which vector code: down the lines with stride 1 or 2, several lines in a vector, or any window tap by tap.
+WALK, STRIDE, FOLD, SLIDE = range(4)
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class _Way:
     adding: int
 
 
-def _way(window: Window, out_wide: int, adding: bool) -> _Way:
-    """`walk` or `stride` where the window allows it, `slide` otherwise."""
+def _way(window: Window, wide: int, out_wide: int, adding: bool) -> _Way:
+    """`fold` for narrow images, `walk` or `stride` where the window allows it, `slide` otherwise."""
     from gossamer.kernels.cpu.target import lanes
 
     (kh, kw), (top, left, bottom, right) = window.kernel, window.padding
     plain = kh == kw and kw in (3, 5) and window.dilation == (1, 1) and max(top, left, bottom, right) < kh
+    if plain and window.stride == (1, 1) and wide == out_wide and 2 * wide <= lanes():
+        return _Way(FOLD, kw, 0, 0, 0, int(adding))
     # A last vector that begins (or a first one that ends) within the padding's reach of the edge needs more masks.
     narrow, rest = out_wide < lanes(), out_wide % lanes()
     if plain and window.stride in ((1, 1), (2, 2)) and (narrow or rest == 0 or rest >= max(left, right)):
@@ -57,8 +60,8 @@ def plan_depthwise(
     residual: bool = False,
     threads: int = 1,
     strides: tuple[int, int] | None = None,
-) -> KeptLaunch:
-    """Lay out act(depthwise(x) + bias + residual) on image planes; run it with addresses x, y, bias, residual.
+) -> Launch:
+    """Lay out act(depthwise(x) + bias + residual) on image planes; run it with addresses x, y, bias[, residual].
 
     Args:
         weight_CHW: float32 [C, kernel height, kernel width]; copied.
@@ -66,7 +69,7 @@ def plan_depthwise(
         high, wide: H and W of x.
         window: stride, padding and dilation; its kernel is the weight's.
         activation: "none", "relu", "relu6", "silu", "hard_swish", "gelu" or "gelu_tanh".
-        residual: whether the fourth address brings planes to add, of the size of y but not y itself; bias may be 0.
+        residual: whether a fourth address brings planes to add, of the size of y but not y itself; bias may be 0.
         threads: how many may work.
         strides: floats from plane to plane of x and of y (and the residual); `plane_stride` of their pixels if None.
 
@@ -76,8 +79,10 @@ def plan_depthwise(
 
     Example:
         >>> launch = plan_depthwise(weight, 1, 56, 56, Window((3, 3), padding=(1, 1, 1, 1)), activation="relu6")
-        >>> launch.run(x.data_ptr(), y.data_ptr(), bias.data_ptr(), 0)
+        >>> launch.run(x.data_ptr(), y.data_ptr(), bias.data_ptr())
     """
+    from gossamer.kernels.cpu.target import lanes
+
     if weight_CHW.dim() != 3 or tuple(weight_CHW.shape[1:]) != window.kernel:
         raise FormatError(f"the weight must be [C, {window.kernel}], got {tuple(weight_CHW.shape)}")
     (out_high, out_wide), channels = window.output(high, wide), weight_CHW.shape[0]
@@ -92,14 +97,40 @@ def plan_depthwise(
         high, wide, out_high, out_wide, *window.kernel, *window.stride, *window.dilation, *window.padding[:2],
         code, low_at, high_at, zeros_at(), nothing.data_ptr(),
     )  # fmt: skip
-    entry = _kernel(_way(window, out_wide, residual))
-    return kept_launch(entry, addresses=4, fixed=fixed, threads=threads, keeps=(weight, nothing))
+    way = _way(window, wide, out_wide, residual)
+    masks, scratch, room = _folded(window, wide, out_high) if way.how == FOLD else (nothing, 0, 0)
+    return laid_out(
+        _kernel(way),
+        addresses=3 + residual,
+        absent=1 - residual,
+        fixed=(*fixed, scratch, room, masks.data_ptr(), lanes() // wide),
+        threads=threads,
+        scratch_bytes=scratch * threads,
+        holds=(weight, nothing, masks),
+    )
+
+
+def _folded(window: Window, wide: int, out_high: int) -> tuple[Tensor, int, int]:
+    """Of `fold`: the lanes whose column is real for each kx, and bytes of scratch memory of a thread and of a plane."""
+    from gossamer.kernels.cpu.depthwise_kernel import BATCH
+    from gossamer.kernels.cpu.target import lanes
+
+    together, (kh, kw) = lanes() // wide, window.kernel
+    column, lane = torch.arange(together * wide) % wide, torch.arange(together * wide)
+    seen = column + torch.arange(kw)[:, None] - window.padding[1]
+    masks = (((seen >= 0) & (seen < wide)).long() << lane).sum(1)
+    # The last vector reads whole lines beyond the last line of the padded plane.
+    floats = (-(-out_high // together) * together + kh + 1) * wide + 2 * lanes()
+    room = -(-floats // 16) * 64
+    return masks, 64 + BATCH * room, room
 
 
 @functools.cache
 def _kernel(way: _Way):
-    from gossamer.kernels.cpu.depthwise_kernel import slide_kernel, walk_kernel
+    from gossamer.kernels.cpu.depthwise_kernel import fold_kernel, slide_kernel, walk_kernel
 
+    if way.how == FOLD:
+        return fold_kernel(way.kernel, way.adding)
     if way.how == SLIDE:
         return slide_kernel(way.kernel, way.adding)
     return walk_kernel(1 + (way.how == STRIDE), way.kernel, way.left, way.right, way.narrow, way.adding)
@@ -146,6 +177,5 @@ def depthwise(
             weight_CHW, images, high, wide, window, activation=activation, residual=residual is not None,
             threads=torch.get_num_threads(), strides=(high * wide, out_high * out_wide),
         )  # fmt: skip
-        others = (0 if t is None else t.data_ptr() for t in (bias_C, residual))
-        plan.run(x_NCHW.data_ptr(), out.data_ptr(), *others)
+        run_on(plan, x_NCHW, out, bias_C, residual)
     return out

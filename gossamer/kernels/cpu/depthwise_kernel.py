@@ -6,12 +6,14 @@ import functools
 
 from gossamer.kernels.cpu.cache import compile_kernel, helper
 from gossamer.kernels.cpu.conv_lanes import GELU, GELU_TANH, HARD_SWISH, SILU, activate_row
-from gossamer.kernels.cpu.depthwise_lanes import slide, stride, walk
-from gossamer.kernels.cpu.lanes import address_of, get, take
+from gossamer.kernels.cpu.depthwise_lanes import fold, slide, stride, walk
+from gossamer.kernels.cpu.lanes import address_of, copy_row, get, take
 from gossamer.kernels.cpu.target import lanes
 from gossamer.kernels.cpu.threads import Entry
 
 LANES = lanes()
+# Planes copied before the first of them is convolved, so that no load waits for the store before it.
+BATCH = 8
 
 # Byte offsets in the argument block, in the order in which `plan_depthwise` writes them.
 (
@@ -19,7 +21,8 @@ LANES = lanes()
     TASKS, PLANES, CHANNELS, WEIGHT, TAPS, X_PLANE, Y_PLANE,
     HIGH, WIDE, OUT_HIGH, OUT_WIDE, KERNEL_HIGH, KERNEL_WIDE, STRIDE_HIGH, STRIDE_WIDE,
     DILATION_HIGH, DILATION_WIDE, TOP, LEFT, ACTIVATION, LOW, UP, ZERO, NOTHING,
-) = range(0, 8 * 31, 8)  # fmt: skip
+    SCRATCH_BYTES, ROOM, MASKS, TOGETHER,
+) = range(0, 8 * 35, 8)  # fmt: skip
 
 
 @helper
@@ -125,3 +128,46 @@ def slide_kernel(step: int, adding: int) -> Entry:
                     activate(code, y, out_high * out_wide)
 
     return Entry(compile_kernel(depthwise_slide, "depthwise, any window"))
+
+
+@functools.cache
+def fold_kernel(kernel: int, adding: int) -> Entry:
+    """The compiled kernel for square windows of stride 1 on narrow images."""
+    K, ADD, L = kernel, adding, LANES
+
+    def depthwise_fold(pointer):
+        args = address_of(pointer)
+        tasks, planes, channels, taps = get(args + TASKS), get(args + PLANES), get(args + CHANNELS), get(args + TAPS)
+        high, wide, top, left = get(args + HIGH), get(args + WIDE), get(args + TOP), get(args + LEFT)
+        oh, low, up, code = get(args + OUT_HIGH), get(args + LOW), get(args + UP), get(args + ACTIVATION)
+        bias, step, masks, together = get(args + BIAS), 4, get(args + MASKS), get(args + TOGETHER)
+        if bias == 0:
+            bias, step = get(args + ZERO), 0
+        each, bytes_ = get(args + ROOM), get(args + SCRATCH_BYTES)
+        rooms = get(args + SCRATCH) + take(args + SLOT) * bytes_
+        copy_row(LANES, rooms, rooms, 0, bytes_ // 4)
+        # A vector of zeros before the first line: the left padding reaches into it.
+        rooms += 64
+        while True:
+            task = take(args + NEXT)
+            if task >= tasks:
+                break
+            p0, p1 = task * planes // tasks, (task + 1) * planes // tasks
+            for first in range(p0, p1, BATCH):
+                last = min(p1, first + BATCH)
+                for plane in range(first, last):
+                    room = rooms + (plane - first) * each + 4 * top * wide
+                    copy_row(LANES, get(args + X) + plane * get(args + X_PLANE), room, high * wide, high * wide)
+                for plane in range(first, last):
+                    channel = plane % channels
+                    y, r = (
+                        get(args + Y) + plane * get(args + Y_PLANE),
+                        get(args + RESIDUAL) + plane * get(args + Y_PLANE),
+                    )
+                    k, add = get(args + WEIGHT) + 4 * taps * channel, bias + step * channel
+                    room = rooms + (plane - first) * each
+                    fold(K, L, ADD, room, y, k, add, r, masks, left, wide, together, oh, low, up)
+                    if code > 0:
+                        activate(code, y, oh * wide)
+
+    return Entry(compile_kernel(depthwise_fold, f"depthwise {kernel}x{kernel}, narrow"))

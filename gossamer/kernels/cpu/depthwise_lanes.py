@@ -1,8 +1,8 @@
 """Depthwise convolution of one plane, as vector code.
 
 `walk` goes down the lines of the input once: a line that is loaded adds to every output line it touches, whose sums
-wait in registers; `stride` does so for stride 2. `slide` computes one vector of outputs after the other and takes any
-stride and dilation.
+wait in registers; `stride` does so for stride 2. `fold` takes several lines of a narrow image into one vector. `slide`
+computes one vector of outputs after the other and takes any stride and dilation.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 from gossamer.kernels.cpu.conv_lanes import bounded, columns_inside, every_second, gathered, strided_inside
 from gossamer.kernels.cpu.lanes import (
     _F32,
+    _I1,
     _declare,
     _int,
     _lane_mask,
@@ -197,6 +198,48 @@ def stride(
 def _ceil_div(b, x, y):
     """ceil(x / y) for x >= 0."""
     return b.sdiv(b.add(x, b.sub(y, _n(1))), y)
+
+
+@intrinsic(prefer_literal=True)
+def fold(
+    typing, kernel, lanes, add,
+    room, y, w, bias, residual, masks, left, wide, together, out_high, low, up,
+):  # fmt: skip
+    """One plane of narrow images, stride 1: a vector holds `together` output lines, one after the other.
+
+    room holds the plane, as wide as the output, with its padding above and below; masks holds the bits of the lanes
+    whose column is real for each kx.
+    """
+    K, L, adding = kernel.literal_value, lanes.literal_value, add.literal_value
+    parts, kind, bits = min(K, 3), ir.VectorType(_F32, L), ir.VectorType(_I1, L)
+
+    def gen(ctx, b, sig, args):
+        room, y, w, bias, residual, masks, left, wide, together, out_high, low, up = args[3:]
+        fma = _declare(b, f"llvm.fmuladd.v{L}f32", kind, kind, kind, kind)
+        weights = [[_splat(b, _load(b, b.add(w, _n(4 * (K * i + j))), _F32, 4), L) for j in range(K)] for i in range(K)]
+        low, up = (_splat(b, _load(b, at, _F32, 4), L) for at in (low, up))
+        start, zero = _splat(b, _load(b, bias, _F32, 4), L), ir.Constant(kind, None)
+        real = [b.bitcast(_load(b, b.add(masks, _n(8 * j)), ir.IntType(L), 2), bits) for j in range(K)]
+        first, line = b.sub(room, b.mul(left, _n(4))), b.mul(wide, _n(4))
+        loop = _Loop(b, _n(0), b.sdiv(b.add(out_high, b.sub(together, _n(1))), together), 1, [])
+        top = b.mul(loop.i, together)
+        at = b.add(first, b.mul(top, line))
+        sums = [start] + [zero] * (parts - 1)
+        for i in range(K):
+            for j in range(K):
+                taken = _masked_load(b, b.add(at, _n(4 * j)), real[j], L)
+                sums[j % parts] = b.call(fma, [weights[i][j], taken, sums[j % parts]])
+            at = b.add(at, line)
+        total = sums[0]
+        for more in sums[1:]:
+            total = b.fadd(total, more)
+        rows = _at_most(b, b.sub(out_high, top), together)
+        wanted = _lane_mask(b, b.mul(rows, wide), L)
+        _deliver(b, total, b.mul(top, line), y, residual if adding else None, wanted, low, up)
+        loop.close([])
+        return ctx.get_dummy_value()
+
+    return types.void(kernel, lanes, add, *[_int] * 12), gen
 
 
 @intrinsic(prefer_literal=True)
