@@ -93,7 +93,7 @@ def conv_tile(
                     acc[r * V + v] = b.call(fma, [weight, xs[v], acc[r * V + v]])
             return acc
 
-        acc = _begin(b, first, held, bias, bias_step, G, V, kind)
+        acc = _begin(b, first, held, bias, bias_step, wanted, G, V, kind)
         size = G * V
         acc = acc + [ir.Constant(kind, None)] * (size * (chains - 1))
         if unroll > 1:
@@ -139,16 +139,18 @@ def conv_tile(
     return types.void(rows, vectors, lanes, pieces, add, *[_int] * 18), gen
 
 
-def _begin(b, first, held, bias, bias_step, rows: int, vectors: int, kind) -> list:
-    """Sums as they start: the bias of each row, or what the last block of channels left."""
+def _begin(b, first, held, bias, bias_step, wanted, rows: int, vectors: int, kind) -> list:
+    """Sums as they start: the bias of each wanted row, or what the last block of channels left."""
+
+    def place(r):
+        # The bias ends with the last real row: a ragged group reads its first one again.
+        row = b.select(b.icmp_signed("<", _n(r), wanted), _n(r), _n(0))
+        return b.add(bias, b.mul(bias_step, row))
+
     fresh, resume, ready = (b.append_basic_block(n) for n in ("fresh", "resume", "ready"))
     b.cbranch(b.icmp_signed("!=", first, _n(0)), fresh, resume)
     b.position_at_end(fresh)
-    starts = [
-        _splat(b, _load(b, b.add(bias, b.mul(bias_step, _n(r))), _F32, 4), kind.count)
-        for r in range(rows)
-        for _ in range(vectors)
-    ]
+    starts = [_splat(b, _load(b, place(r), _F32, 4), kind.count) for r in range(rows) for _ in range(vectors)]
     b.branch(ready)
     b.position_at_end(resume)
     loaded = [_load(b, at, kind, 4) for at in held]
