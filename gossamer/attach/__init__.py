@@ -1,8 +1,28 @@
 """How a sparsifier holds on to a torch model: targets by name, masks by parametrize, calibration by paused passes."""
 
 from .calibrate import Collector, stream
+from .handle import Handle
 from .journal import Journal
+from .masked import Masked
+from .meter import Flops
+from .report import LayerReport, TrainingReport
+from .spread import spread
 from .targets import Found, Target, find
-from .weights import Handle, Masked, attach, hold
+from .weights import attach, hold
 
-__all__ = ["Collector", "Found", "Handle", "Journal", "Masked", "Target", "attach", "find", "hold", "stream"]
+__all__ = [
+    "Collector",
+    "Flops",
+    "Found",
+    "Handle",
+    "Journal",
+    "LayerReport",
+    "Masked",
+    "Target",
+    "TrainingReport",
+    "attach",
+    "find",
+    "hold",
+    "spread",
+    "stream",
+]

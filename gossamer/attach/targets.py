@@ -87,6 +87,12 @@ def find(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] =
     return Found(tuple(kept), tuple(skipped))
 
 
+def sharers(model: nn.Module, target: Target) -> list[nn.Module]:
+    """The target's layer, and every other linear or convolution layer that holds the very same weight."""
+    weight = _parameter(target.module(model))
+    return [m for _, m in _prunable(model) if _parameter(m) is weight]
+
+
 def _refusal(
     name: str, module: nn.Module, include: Sequence[str], exclude: Sequence[str], head: set[int], seen: dict[int, str]
 ) -> str | None:

@@ -1,161 +1,38 @@
-"""Masks on weights through torch's parametrize, and the handle that keeps them true while training."""
+"""attach: a sparsifier takes hold of a model's weights for as long as it trains."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import nn
 
-from ..core.budget import Above
-from ..core.errors import FileDamaged, TargetError
+from ..core.budget import Above, Density
+from ..core.dropgrow import DropGrow
+from ..core.errors import BudgetError, TargetError
 from ..core.pattern import Pattern
 from ..core.registry import get_method
-from ..core.regroup import tied_rows
 from ..core.shrink import hard
-from ..core.sparsifier import Sparsifier, require_finite
-from ..core.support import Support
-from ..score import salt
+from ..core.sparsifier import Sparsifier
+from .handle import Handle
+from .masked import Masked
+from .spread import spread
 from .targets import Target, find
 
-
-class Masked(nn.Module):
-    """weight = original on the support, 0 elsewhere. The mask is a buffer, so it lives in `state_dict`."""
-
-    def __init__(self, kept: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mask", kept)
-
-    def forward(self, original: Tensor) -> Tensor:
-        return torch.where(self.mask, original, torch.zeros((), dtype=original.dtype, device=original.device))
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        return weight
-
-
-@dataclass(frozen=True)
-class LayerDensity:
-    """One line of a handle's report: entries kept of a layer's entries."""
-
-    name: str
-    kept: int
-    size: int
-
-    @property
-    def density(self) -> float:
-        """Fraction kept."""
-        return self.kept / max(self.size, 1)
-
-
-class Handle:
-    """Holds a sparsifier on a model while it trains. Call `step()` after `optimizer.step()`.
-
-    Parameters are looked up by name at every step, never kept: `.to()`, checkpoints and sharding swap them.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        sparsifier: Sparsifier,
-        targets: Sequence[Target],
-        optimizer: torch.optim.Optimizer | None,
-    ) -> None:
-        self.model, self.sparsifier, self.targets, self.optimizer = model, sparsifier, tuple(targets), optimizer
-        self.steps = 0
-        for t in self.targets:  # all that can be refused is refused before any mask is attached
-            require_finite(t.weight(model), f"the weight of layer {t.name!r}")
-            (tied_rows if sparsifier.regroup else Pattern.place)(sparsifier.pattern, t.weight(model).shape)
-        for t in self.targets:
-            module = t.module(model)
-            mask = Masked(torch.ones_like(module.weight, dtype=torch.bool))
-            parametrize.register_parametrization(module, "weight", mask)
-        self._update_if_due()
-
-    def step(self) -> None:
-        """One optimizer step has been taken: choose new supports where the policy says so, and hold zeros at zero."""
-        self.steps += 1
-        self._update_if_due()
-        self._project()
-
-    def supports(self) -> dict[str, Support]:
-        """The current support of every layer, in the layout its weight is stored in."""
-        return {t.name: Support(self._mask(t).mask) for t in self.targets}
-
-    def report(self) -> list[LayerDensity]:
-        """Kept entries per layer."""
-        return [LayerDensity(n, s.count, s.kept.numel()) for n, s in self.supports().items()]
-
-    @property
-    def density(self) -> float:
-        """Fraction kept over all layers together."""
-        lines = self.report()
-        return sum(r.kept for r in lines) / max(sum(r.size for r in lines), 1)
-
-    def remove(self) -> nn.Module:
-        """Write the zeros into the weights, take the masks away, and return the model."""
-        for t in self.targets:
-            parametrize.remove_parametrizations(t.module(self.model), "weight", leave_parametrized=True)
-        return self.model
-
-    def state_dict(self) -> dict[str, int]:
-        """What the model's own state does not hold: the step count."""
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from `state_dict()`; load the model's and optimizer's states as well.
-
-        Raises:
-            FileDamaged: the state has no step count.
-        """
-        if "steps" not in state:
-            raise FileDamaged(f"a handle's state holds 'steps', got {sorted(state)}; pass what state_dict() returned")
-        self.steps = int(state["steps"])
-
-    def _mask(self, target: Target) -> Masked:
-        return target.module(self.model).parametrizations.weight[0]
-
-    def _original(self, target: Target) -> nn.Parameter:
-        return target.module(self.model).parametrizations.weight.original
-
-    def _update_if_due(self) -> None:
-        if self.sparsifier.policy.due(self.steps):
-            with torch.no_grad():
-                for t, support in self._choose().items():
-                    self._mask(t).mask.copy_(support.kept.t() if t.transposed else support.kept)
-            self._project()
-
-    def _choose(self) -> dict[Target, Support]:
-        s = self.sparsifier
-        weights = {t: self._view(t) for t in self.targets}
-        for t, w in weights.items():
-            require_finite(w, f"the weight of layer {t.name!r}")
-        scores = {t: s.score(w, {"salt": salt(t.name)}) for t, w in weights.items()}
-        if s.scope == "model":
-            return s.choose_across(scores, step=self.steps)
-        return {t: s.choose(x, step=self.steps) for t, x in scores.items()}
-
-    def _view(self, target: Target) -> Tensor:
-        w = self._original(target).detach()
-        return w.t() if target.transposed else w
-
-    def _project(self) -> None:
-        """Pruned weights, and every optimizer slot shaped like them, are exactly zero."""
-        with torch.no_grad():
-            for t in self.targets:
-                original, dropped = self._original(t), ~self._mask(t).mask
-                slots = self.optimizer.state.get(original, {}).values() if self.optimizer else ()
-                for slot in (original, *slots):
-                    if isinstance(slot, Tensor) and slot.shape == original.shape:
-                        slot.masked_fill_(dropped, 0)
+__all__ = ["Handle", "Masked", "attach", "hold"]
 
 
 def attach(
     model: nn.Module,
     method: str | Sparsifier,
     *,
+    density: float | None = None,
+    sparsity: float | None = None,
+    allocation: str | Mapping[str, float] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    total_steps: int | None = None,
     targets: Iterable[str] = (),
     skip: Iterable[str] = (),
     regroup: bool = False,
@@ -165,25 +42,70 @@ def attach(
 
     Args:
         method: a registered name with its `options`, or a Sparsifier.
-        optimizer: its slots (momenta) are held at zero with the weights. Build it before or after: parameters
-            are found by name, and parametrize keeps the same Parameter object.
+        density: fraction kept, above 0 and up to 1; the method's own default unless given.
+        sparsity: the same said the other way, 1 − density; give one of the two.
+        allocation: how the density is spread over layers: "uniform", "er", "erk", or a density per layer name; the
+            method's own unless given. The model's count is exact.
+        optimizer: its slots (momenta) are held at zero with the weights. Supports that move need it. Build it before
+            or after: parameters are found by name, and parametrize keeps the same Parameter object.
+        total_steps: length of the run, for methods with a schedule; others have no use for it. Unit: optimizer steps.
         targets: glob patterns of layers, "re:" for regular expressions; empty = all but the output head.
         skip: layers to leave alone.
         regroup: let patterns that tie rows choose which rows they tie, anew with each support.
 
     Example:
-        >>> handle = attach(model, "gradual_magnitude", density=0.1, total_steps=1000, optimizer=opt)  # doctest: +SKIP
+        >>> handle = attach(model, "rigl", density=0.1, optimizer=opt, total_steps=1000)  # doctest: +SKIP
 
     Raises:
-        UnknownName: no such method or option.
-        TargetError: a pattern matches nothing, or the method needs calibration statistics (use `prune`).
+        UnknownName: no such method, option or allocation.
+        BudgetError: the density is not above 0 and up to 1, or a schedule does not fit into the run.
+        TargetError: a pattern matches nothing, a layer is held already, the optimizer does not own the weights, or the
+            method needs what is missing (the length of the run, an optimizer, calibration statistics: use `prune`).
+        PatternError: a layer's shape is no multiple of the pattern's groups; pad it, or skip= the layer.
     """
-    if not isinstance(method, str) and options:
-        raise TargetError(
-            f"a Sparsifier has its options already; {', '.join(options)} would be ignored, leave them out"
-        )
-    sparsifier = get_method(method)(**options) if isinstance(method, str) else method
+    asked = {"density": _density(density, sparsity), "total_steps": total_steps, **options}
+    sparsifier = _build(method, {k: v for k, v in asked.items() if v is not None})
     sparsifier = replace(sparsifier, regroup=True) if regroup else sparsifier
+    _refuse_what_training_lacks(sparsifier, optimizer)
+    found = find(model, tuple(targets), tuple(skip)).targets
+    _refuse_foreign(model, found, optimizer)
+    per_layer = spread(model, found, sparsifier, _own_allocation(sparsifier) if allocation is None else allocation)
+    return Handle(model, sparsifier, found, optimizer, per_layer=per_layer)
+
+
+def _density(density: float | None, sparsity: float | None) -> float | None:
+    if density is not None and sparsity is not None:
+        raise BudgetError(f"density={density} and sparsity={sparsity} say the same thing; give one of the two")
+    density = 1.0 - sparsity if sparsity is not None else density
+    if density is not None and not 0.0 < density <= 1.0:
+        raise BudgetError(
+            f"density is the fraction KEPT, above 0 and up to 1, got {density:g}; for 80 % zeros write density=0.2"
+        )
+    return density
+
+
+def _build(method: str | Sparsifier, asked: Mapping[str, object]) -> Sparsifier:
+    """The sparsifier, from what was asked for; `total_steps` goes to methods that have it."""
+    if not isinstance(method, str):
+        if extra := [name for name in asked if name != "total_steps"]:
+            raise TargetError(
+                f"a Sparsifier has its options already; {', '.join(extra)} would be ignored, leave them out"
+            )
+        return method
+    found = get_method(method)
+    own = inspect.signature(found.build).parameters
+    if "total_steps" in own and own["total_steps"].default is inspect.Parameter.empty and "total_steps" not in asked:
+        raise TargetError(f"method {method!r} follows a schedule; pass total_steps= (optimizer steps of the run)")
+    return found(**{k: v for k, v in asked.items() if k in own or k != "total_steps"})
+
+
+def _own_allocation(sparsifier: Sparsifier) -> str:
+    """The method's; what cannot be spread (one pool over the model, N:M) stays as it is."""
+    free = sparsifier.scope == "layer" and isinstance(sparsifier.budget, Density)
+    return sparsifier.allocation if free else "uniform"
+
+
+def _refuse_what_training_lacks(sparsifier: Sparsifier, optimizer: torch.optim.Optimizer | None) -> None:
     if sparsifier.shrink is not hard:
         raise TargetError(
             f"attach keeps values hard (kept or zero), but {sparsifier.name!r} asks for {sparsifier.shrink}; "
@@ -193,7 +115,24 @@ def attach(
         raise TargetError(
             f"method {sparsifier.name!r} needs calibration data; use gossamer.prune(model, ..., data=...)"
         )
-    return Handle(model, sparsifier, find(model, tuple(targets), tuple(skip)).targets, optimizer)
+    if isinstance(sparsifier.policy, DropGrow) and optimizer is None:
+        raise TargetError(
+            f"method {sparsifier.name!r} moves links, and new ones must start with empty momenta; pass optimizer="
+        )
+
+
+def _refuse_foreign(model: nn.Module, targets: Sequence[Target], optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise if the optimizer does not train the layers' weights: another model's, or built before a copy."""
+    if optimizer is None:
+        return
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    weights = {t.name: t.module(model).weight for t in targets}
+    foreign = [n for n, w in weights.items() if w.requires_grad and id(w) not in owned]
+    if foreign:
+        raise TargetError(
+            f"the optimizer does not own the weights of {len(foreign)} of {len(weights)} layers "
+            f"({', '.join(foreign[:3])}); build it from this model's parameters, or skip= these layers"
+        )
 
 
 def hold(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None, skip: Iterable[str] = ()) -> Handle:

@@ -2,8 +2,9 @@
 
 from .allocation import allocation, by_sensitivity, er, erk, uniform
 from .budget import Above, Budget, Density, Gaussian, Keep, Mass, above, density, gaussian, keep, mass
+from .dropgrow import DropGrow
 from .pattern import Pattern, pattern
-from .policy import OneShot, Policy, Ramp
+from .policy import Always, OneShot, Policy, Ramp
 from .registry import Method, get_method, method, methods
 from .regroup import regroup, select_regrouped
 from .schedule import Constant, Cosine, Cubic, Exponential, Linear, Schedule, Step
@@ -14,11 +15,13 @@ from .support import Support
 
 __all__ = [
     "Above",
+    "Always",
     "Budget",
     "Constant",
     "Cosine",
     "Cubic",
     "Density",
+    "DropGrow",
     "Exponential",
     "Gaussian",
     "Keep",

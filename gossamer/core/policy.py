@@ -46,3 +46,34 @@ class Ramp:
     def due(self, step: int) -> bool:
         inside = self.begin <= step <= self.end
         return inside and ((step - self.begin) % self.every == 0 or step == self.end)
+
+
+@dataclass(frozen=True)
+class Always:
+    """Choose anew every `every` steps, for ever: supports that follow weights which never stop learning.
+
+    Args:
+        every: steps between choices, at least 1.
+    """
+
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise BudgetError(f"a support is chosen every 1, 2, ... steps, got every={self.every}")
+
+    def due(self, step: int) -> bool:
+        return step % self.every == 0
+
+
+def within_run(until: int, total_steps: int) -> int:
+    """`until`, if the run is that long.
+
+    Raises:
+        BudgetError: the run ends before.
+    """
+    if until > total_steps:
+        raise BudgetError(
+            f"the schedule goes on to step {until}, but the run ends at {total_steps}; shorten until=, or train longer"
+        )
+    return until

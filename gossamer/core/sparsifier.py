@@ -38,6 +38,7 @@ class Sparsifier:
         solve: an alternating solver that replaces score, select and shrink (SparseGPT), or None.
         name: the method's name, for reports.
         regroup: let the pattern choose which rows it ties together, see `gossamer.core.regroup`.
+        allocation: how `attach` spreads the density over layers unless told otherwise: "uniform", "er", "erk".
     """
 
     score: Score
@@ -50,6 +51,7 @@ class Sparsifier:
     solve: Solver | None = None
     name: str = ""
     regroup: bool = False
+    allocation: str = "uniform"
 
     def apply(self, w: Tensor, stats: Stats, *, within: Support | None = None, step: int = 0) -> tuple[Tensor, Support]:
         """One weight → its new values and its support.

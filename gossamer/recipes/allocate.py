@@ -10,12 +10,10 @@ from pathlib import Path
 from torch import nn
 
 from ..attach.calibrate import Batch
+from ..attach.spread import final_density, refuse_spreading, spread
 from ..attach.targets import Target
-from ..core.allocation import allocation as rule
-from ..core.budget import Density
-from ..core.errors import BudgetError, CalibrationError, TargetError
+from ..core.errors import CalibrationError
 from ..core.files import whole_file
-from ..core.schedule import at
 from ..core.sparsifier import Sparsifier
 from .sensitivity import allocate_by_sensitivity
 
@@ -45,33 +43,14 @@ def allocate(
         CalibrationError: "sensitivity" without data.
         UnknownName: no such rule.
     """
-    if allocation == "uniform":
-        return {t.name: sparsifier for t in targets}
-    if sparsifier.scope == "model":
-        raise TargetError(
-            f"{sparsifier.name!r} lets all layers compete in one pool, which sets their densities; "
-            "use allocation='uniform'"
-        )
-    if allocation == "global":
-        raise TargetError("allocation 'global' is one pool over all layers: use method 'global_magnitude'")
-    if not isinstance(sparsifier.budget, Density):
-        raise BudgetError(
-            f"allocation {allocation!r} spreads a density over layers, but pattern {str(sparsifier.pattern)!r} "
-            "fixes it; use allocation='uniform'"
-        )
-    if allocation == "sensitivity":
-        if data is None:
-            raise CalibrationError(
-                "allocation 'sensitivity' measures layers on inputs; pass data= (calibration batches)"
-            )
-        density = at(sparsifier.budget.d, 0)
-        measure = partial(allocate_by_sensitivity, model, sparsifier, targets, data, density=density, progress=progress)
-        chosen = measure() if workdir is None else _kept_aside(Path(workdir) / "allocation.json", measure)
-    elif isinstance(allocation, dict):
-        chosen = _named(targets, allocation)
-    else:
-        shapes = {t.name: tuple(t.weight(model).shape) for t in targets}
-        chosen = rule(allocation)(shapes, at(sparsifier.budget.d, 0))
+    if allocation != "sensitivity":
+        return spread(model, targets, sparsifier, allocation)
+    refuse_spreading(sparsifier, allocation)
+    if data is None:
+        raise CalibrationError("allocation 'sensitivity' measures layers on inputs; pass data= (calibration batches)")
+    density = final_density(sparsifier)
+    measure = partial(allocate_by_sensitivity, model, sparsifier, targets, data, density=density, progress=progress)
+    chosen = measure() if workdir is None else _kept_aside(Path(workdir) / "allocation.json", measure)
     return {name: sparsifier.at_density(d) for name, d in chosen.items()}
 
 
@@ -83,10 +62,3 @@ def _kept_aside(file: Path, measure: Callable[[], dict[str, float]]) -> dict[str
     with whole_file(file) as draft:
         draft.write_text(json.dumps(chosen))
     return chosen
-
-
-def _named(targets: Sequence[Target], allocation: dict[str, float]) -> dict[str, float]:
-    missing = [t.name for t in targets if t.name not in allocation]
-    if missing:
-        raise TargetError(f"allocation= names no density for {', '.join(missing[:5])}; give one, or skip= the layer")
-    return {t.name: allocation[t.name] for t in targets}

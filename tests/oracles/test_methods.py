@@ -18,7 +18,8 @@ from gossamer.score import random as by_lot
 from gossamer.score import salt
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
-HAND_OPTIONS = {name: {"total_steps": 100} for name in ("gradual_magnitude", "fast_sparse_convnets")}
+SCHEDULED = ("gradual_magnitude", "fast_sparse_convnets", "rigl", "set")
+HAND_OPTIONS = {name: {"total_steps": 100, "every": 10} for name in SCHEDULED}
 
 
 def build(name: str, **options):

@@ -7,8 +7,11 @@ from . import (
     gradual_magnitude,
     magnitude,
     random,
+    rigl,
+    set,
     sparsebytenn,
     sparsegpt,
+    static,
     wanda,
 )
 
@@ -19,7 +22,10 @@ __all__ = [
     "gradual_magnitude",
     "magnitude",
     "random",
+    "rigl",
+    "set",
     "sparsebytenn",
     "sparsegpt",
+    "static",
     "wanda",
 ]

@@ -1,0 +1,266 @@
+"""The handle that chooses supports, moves them, and keeps them true while a model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..core.dropgrow import DropGrow
+from ..core.errors import FileDamaged, NonFiniteError, TargetError
+from ..core.pattern import Pattern
+from ..core.regroup import tied_rows
+from ..core.shrink import hard
+from ..core.sparsifier import Sparsifier, require_finite
+from ..core.support import Support
+from ..score import random, salt
+from .dense_gradient import DenseGradients
+from .masked import Masked
+from .meter import Meter
+from .report import LayerReport, TrainingReport, dead
+from .targets import Target, sharers
+
+
+class Handle:
+    """Holds a sparsifier on a model while it trains. Call `step()` after `optimizer.step()`.
+
+    Parameters are looked up by name at every step, never kept: `.to()`, checkpoints and sharding swap them. Lots are
+    drawn from (seed, layer, step), so there is no random state to save and every rank draws the same.
+
+    Args:
+        sparsifier: what all layers have in common.
+        per_layer: the sparsifier of each layer by name, where their densities differ.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sparsifier: Sparsifier,
+        targets: Sequence[Target],
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        per_layer: Mapping[str, Sparsifier] | None = None,
+    ) -> None:
+        self.model, self.sparsifier, self.targets, self.optimizer = model, sparsifier, tuple(targets), optimizer
+        self.per_layer = dict(per_layer or {t.name: sparsifier for t in self.targets})
+        self.steps = 0
+        self._waiting = False  # a move was due, but its gradient was not finite
+        self._grown: dict[str, Tensor | int] = {}
+        self._moved: dict[str, Tensor | int] = {}
+        self._kept: dict[str, int] = {}
+        for t in self.targets:  # all that can be refused is refused before any mask is attached
+            require_finite(t.weight(model), f"the weight of layer {t.name!r}")
+            (tied_rows if sparsifier.regroup else Pattern.place)(sparsifier.pattern, t.weight(model).shape)
+        for t in self.targets:
+            mask = Masked(torch.ones_like(t.module(model).weight, dtype=torch.bool), sparsifier.shrink)
+            for module in sharers(model, t):  # tied layers share one mask
+                parametrize.register_parametrization(module, "weight", mask)
+        self._gradients = DenseGradients(model, self.targets, self._mask)
+        self._meter = Meter(model, self.targets)
+        self._update_if_due()
+        self._listen()
+
+    def step(self) -> None:
+        """One optimizer step has been taken: choose new supports where the policy says so, and hold zeros at zero.
+
+        Raises:
+            TargetError: the support is due to move by the gradient, but no backward pass has left one.
+        """
+        self.steps += 1
+        self._meter.add(self._counts(), self._learning())
+        self._update_if_due()
+        self._project()
+        self._listen()
+
+    def supports(self) -> dict[str, Support]:
+        """The current support of every layer, in the layout its weight is stored in."""
+        return {t.name: Support(self._mask(t).mask) for t in self.targets}
+
+    def report(self) -> TrainingReport:
+        """Kept entries, churn and dead neurons of each layer, and the work done so far."""
+        layers = tuple(self._layer_report(t) for t in self.targets)
+        return TrainingReport(self.sparsifier.name, self.steps, layers, self._meter.flops())
+
+    @property
+    def density(self) -> float:
+        """Fraction kept over all layers together."""
+        return sum(self._counts().values()) / max(sum(self._meter.sizes.values()), 1)
+
+    def observe(self, *args: object, **kwargs: object) -> None:
+        """Run the model once on a batch to count each layer's positions, as `report` needs where it is compiled."""
+        self._meter.watch(self.model, self.targets)
+        training = [(m, m.training) for m in self.model.modules()]
+        try:
+            self.model.eval()(*args, **kwargs)
+        finally:
+            self._meter.rest()
+            for module, mode in training:
+                module.training = mode
+
+    def remove(self) -> nn.Module:
+        """Write the zeros into the weights, take the masks away, and return the model."""
+        self._gradients.off()
+        self._meter.rest()
+        for t in self.targets:
+            for module in sharers(self.model, t):
+                parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        return self.model
+
+    def state_dict(self) -> dict[str, object]:
+        """What the states of model (weights, masks) and optimizer do not hold: where the policy stands, and counts."""
+        return {
+            "method": self.sparsifier.name,
+            "steps": self.steps,
+            "waiting": self._waiting,
+            "grown": {n: int(v) for n, v in self._grown.items()},
+            "moved": {n: int(v) for n, v in self._moved.items()},
+            **self._meter.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Go on from `state_dict()`; load the model's and optimizer's states as well.
+
+        Raises:
+            FileDamaged: the state is not a handle's, or another method's.
+        """
+        missing = {"method", "steps", "waiting", "grown", "moved", "positions", "spent"} - set(state)
+        if missing:
+            raise FileDamaged(
+                f"a handle's state holds {sorted(missing)}, got {sorted(state)}; pass what state_dict() returned"
+            )
+        if state["method"] != self.sparsifier.name:
+            raise FileDamaged(
+                f"this state is of method {state['method']!r}, the handle's is {self.sparsifier.name!r}; attach it"
+            )
+        self.steps, self._waiting = int(state["steps"]), bool(state["waiting"])  # type: ignore[call-overload]
+        self._grown, self._moved = dict(state["grown"]), dict(state["moved"])  # type: ignore[call-overload]
+        self._kept = {}
+        self._meter.load_state_dict(state)
+        self._listen()
+
+    def _mask(self, target: Target) -> Masked:
+        return target.module(self.model).parametrizations.weight[0]
+
+    def _original(self, target: Target) -> nn.Parameter:
+        return target.module(self.model).parametrizations.weight.original
+
+    def _view(self, target: Target) -> Tensor:
+        return _turned(self._original(target).detach(), target)
+
+    def _update_if_due(self) -> None:
+        if self._waiting or self.sparsifier.policy.due(self.steps):
+            moving = self.steps and isinstance(self.sparsifier.policy, DropGrow)
+            for t, support in (self._move() if moving else self._choose()).items():
+                self._take(t, _turned(support.kept, t))
+            self._project()
+
+    def _take(self, target: Target, kept: Tensor) -> None:
+        """The layer keeps these entries from now on; what came and went is counted, without waiting for the device."""
+        mask, name = self._mask(target).mask, target.name
+        if self.steps:
+            self._grown[name] = (kept & ~mask).sum()
+            self._moved[name] = self._moved.get(name, 0) + (kept ^ mask).sum()
+        mask.copy_(kept)
+        self._kept = {}
+
+    def _choose(self) -> dict[Target, Support]:
+        weights = {t: self._view(t) for t in self.targets}
+        for t, w in weights.items():
+            require_finite(w, f"the weight of layer {t.name!r}")
+        scores = {t: self.sparsifier.score(w, self._stats(t)) for t, w in weights.items()}
+        if self.sparsifier.scope == "model":
+            return self.sparsifier.choose_across(scores, step=self.steps)  # type: ignore[arg-type, return-value]
+        return {t: self.per_layer[t.name].choose(x, step=self.steps) for t, x in scores.items()}
+
+    def _stats(self, target: Target) -> dict[str, Tensor]:
+        return {"salt": salt(target.name)}
+
+    def _move(self) -> dict[Target, Support]:
+        """Drop and grow. A step whose gradient overflowed (a GradScaler skips it) leaves the move to the next one."""
+        policy = self.sparsifier.policy
+        assert isinstance(policy, DropGrow)
+        gradients = self._gradients.take() if policy.grow == "gradient" else {}
+        if policy.grow == "gradient" and not gradients:
+            raise TargetError(
+                f"the support is due to move after step {self.steps}, but no gradient reached its layers; "
+                "call loss.backward(), optimizer.step() and then handle.step()"
+            )
+        self._waiting = not all(bool(g.isfinite().all()) for g in gradients.values())
+        if self._waiting:
+            return {}
+        moving = [t for t in self.targets if policy.grow != "gradient" or t.name in gradients]
+        held = {t: Support(_turned(self._mask(t).mask, t)) for t in moving}
+        drop = {t: policy.drop(self._view(t), {"salt": self._lot(t)}) for t in moving}
+        grow = {t: self._grow(policy, t, gradients) for t in moving}
+        for t in moving:
+            _require_rank(drop[t], t), _require_rank(grow[t], t)
+        where = self.sparsifier.pattern, self.steps
+        if policy.across:
+            return policy.move_across(held, drop, grow, *where)  # type: ignore[arg-type, return-value]
+        return {t: policy.move(held[t], drop[t], grow[t], *where) for t in moving}
+
+    def _grow(self, policy: DropGrow, target: Target, gradients: Mapping[str, Tensor]) -> Tensor:
+        if policy.grow == "gradient":
+            return _turned(gradients[target.name], target).abs()
+        score = random(policy.seed) if policy.grow == "random" else policy.grow
+        assert not isinstance(score, str)
+        return score(self._view(target), {"salt": self._lot(target)})
+
+    def _lot(self, target: Target) -> Tensor:
+        """A salt of its own for each layer and step."""
+        return salt(f"{target.name}@{self.steps}")
+
+    def _listens(self) -> bool:
+        """The dense gradient of the step to come is needed."""
+        policy = self.sparsifier.policy
+        wanted = isinstance(policy, DropGrow) and policy.grow == "gradient"
+        return wanted and (self._waiting or policy.due(self.steps + 1))
+
+    def _listen(self) -> None:
+        (self._gradients.on if self._listens() else self._gradients.off)()
+
+    def _project(self) -> None:
+        """Pruned weights, and every optimizer slot shaped like them, are exactly zero."""
+        if self.sparsifier.shrink is not hard:
+            return
+        with torch.no_grad():
+            for t in self.targets:
+                original, dropped = self._original(t), ~self._mask(t).mask
+                slots = self.optimizer.state.get(original, {}).values() if self.optimizer else ()
+                for slot in (original, *slots):
+                    if isinstance(slot, Tensor) and slot.shape == original.shape:
+                        slot.masked_fill_(dropped, 0)
+
+    def _counts(self) -> dict[str, int]:
+        """Kept entries of each layer; counted once per support."""
+        if not self._kept:
+            self._kept = {t.name: int(self._mask(t).mask.sum()) for t in self.targets}
+        return self._kept
+
+    def _learning(self) -> Mapping[str, int]:
+        """Entries whose gradient the last step computed."""
+        dense = self.sparsifier.shrink is not hard or any(self._mask(t).listening for t in self.targets)
+        return self._meter.sizes if dense else self._counts()
+
+    def _layer_report(self, target: Target) -> LayerReport:
+        kept = _turned(self._mask(target).mask, target)
+        return LayerReport(
+            target.name,
+            self._counts()[target.name],
+            kept.numel(),
+            int(self._grown.get(target.name, 0)),
+            int(self._moved.get(target.name, 0)),
+            *dead(kept, getattr(target.module(self.model), "groups", 1)),
+        )
+
+
+def _turned(x: Tensor, target: Target) -> Tensor:
+    """From the layout of storage to outputs first, or back."""
+    return x.t() if target.transposed else x
+
+
+def _require_rank(scores: Tensor, target: Target) -> None:
+    if not bool(scores.isfinite().all()):
+        raise NonFiniteError(f"the support of layer {target.name!r} is to move by scores that are not finite")

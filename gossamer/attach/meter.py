@@ -1,0 +1,97 @@
+"""The work that training takes, counted from the supports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .targets import Target, sharers
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of the held layers since training began, a multiply and an add each one.
+
+    Per step and layer, with n entries of which k are kept, learning ones l, and P positions (rows of the layer's
+    output: samples × tokens or pixels): forward 2kP, backward 2kP for the inputs and 2lP for the weights. l is n in
+    steps that need the dense gradient, else k. Dense training would take 6nP.
+
+    Args:
+        forward, backward: with every zero skipped. The masked path computes dense; sparse kernels earn this.
+        dense: the same steps of the dense layers.
+    """
+
+    forward: int
+    backward: int
+    dense: int
+
+    @property
+    def share(self) -> float:
+        """Of dense training's work, in [0, 1]; 0 before the first step."""
+        return (self.forward + self.backward) / max(self.dense, 1)
+
+
+class Meter:
+    """Adds up `Flops`. Positions are counted in the first step and taken to stay what they were.
+
+    A hook on each layer counts them and goes when the step is done. Compiled forward passes do not run it; call
+    `Handle.observe(batch)` there.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[Target]) -> None:
+        self.sizes = {t.name: t.weight(model).numel() for t in targets}
+        self.positions: dict[str, int] = {}
+        self.forward = self.backward = self.dense = 0
+        self._hooks: list[RemovableHandle] = []
+        self.watch(model, targets)
+
+    def watch(self, model: nn.Module, targets: Sequence[Target]) -> None:
+        """Count positions anew, in passes that train."""
+        self.rest()
+        self.positions = {}
+        self._hooks = [
+            module.register_forward_hook(_count(self.positions, t.name, t.weight(model).shape[0]))
+            for t in targets
+            for module in sharers(model, t)
+        ]
+
+    def rest(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def add(self, kept: Mapping[str, int], learning: Mapping[str, int]) -> None:
+        """One step has been taken."""
+        self.rest()
+        for name, positions in self.positions.items():
+            self.forward += 2 * kept[name] * positions
+            self.backward += 2 * (kept[name] + learning[name]) * positions
+            self.dense += 6 * self.sizes[name] * positions
+
+    def flops(self) -> Flops:
+        """So far."""
+        return Flops(self.forward, self.backward, self.dense)
+
+    def state_dict(self) -> dict[str, object]:
+        """Plain numbers."""
+        return {"positions": dict(self.positions), "spent": [self.forward, self.backward, self.dense]}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Go on from `state_dict()`."""
+        self.forward, self.backward, self.dense = state["spent"]  # type: ignore[misc]
+        if state["positions"]:
+            self.rest()
+            self.positions = dict(state["positions"])  # type: ignore[call-overload]
+
+
+def _count(positions: dict[str, int], name: str, outputs: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[object, ...], output: Tensor) -> None:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            positions[name] = positions.get(name, 0) + output.numel() // max(outputs, 1)
+
+    return hook
