@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Sequence
 
 import torch
@@ -14,15 +15,18 @@ from ..core.errors import GossamerError
 from ..deploy.examples import TOLERANCE, Example, difference, tensors
 from ..deploy.layers import packed_layers
 from ..deploy.unpack import unpack
-from . import tokens
+from . import planes, tokens
 from .capture import Call, Captured, CaptureError, capture
-from .operators import Attention, Combine, Norm, Product, Rotary
+from .layouts import Tokens
+from .operators import Attention, Combine, GlobalPool, Norm, Pool, Product, Rotary
 from .passes import simplify
 from .plan import Plan, Recorder, Value
 from .weights import Weights
 
 # Plans kept at rest per set of shapes, and sets of shapes kept: each plan owns memory for its activations.
 MOST_AT_REST, MOST_SHAPES = 4, 32
+# Plans whose runs are this short are tried on one thread, too.
+SHORT_SECONDS = 5e-3
 
 
 def compile(model: nn.Module, example: Example) -> Compiled:
@@ -90,6 +94,8 @@ class Compiled(nn.Module):
             Attention: tokens.attention,
             Combine: tokens.combine,
             Rotary: tokens.rotary,
+            Pool: planes.pool,
+            GlobalPool: planes.global_pool,
             "rows": _to_rows,
         }
         self.eval()
@@ -114,8 +120,19 @@ class Compiled(nn.Module):
             resting = self._at_rest.get(key)
             if resting:
                 return resting.pop()
+        return self._fastest(key[0], inputs)
+
+    def _fastest(self, threads: int, inputs: Sequence[Tensor]) -> Plan:
+        """A new plan; where runs are short, on as many threads as make it fastest, for sharing has its price."""
+        plan = self._plan(threads, inputs)
+        if threads == 1 or (together := _shortest(plan, inputs)) > SHORT_SECONDS:
+            return plan
+        alone = self._plan(1, inputs)
+        return alone if _shortest(alone, inputs) < together else plan
+
+    def _plan(self, threads: int, inputs: Sequence[Tensor]) -> Plan:
         c = self.captured
-        return Plan(c.graph, c.constants, c.inputs, inputs, threads=key[0], lowerings=self._lowerings)
+        return Plan(c.graph, c.constants, c.inputs, inputs, threads=threads, lowerings=self._lowerings)
 
     def _returned(self, key: tuple, plan: Plan) -> None:
         with self._lock:
@@ -131,7 +148,7 @@ class Compiled(nn.Module):
                 self._weights[op] = Weights(op.matrix, op.name)
         weights = self._weights[op]
         if op.geometry is not None:
-            return None
+            return planes.product(rec, node, op, weights)
         return tokens.product(rec, node, op, weights)
 
     @property
@@ -153,5 +170,15 @@ class Compiled(nn.Module):
         return "\n".join(lines)
 
 
+def _shortest(plan: Plan, inputs: Sequence[Tensor], runs: int = 10) -> float:
+    """Seconds of the shortest of some runs."""
+    taken = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        plan.run(inputs)
+        taken.append(time.perf_counter() - began)
+    return min(taken)
+
+
 def _to_rows(rec: Recorder, value: Value):
-    return tokens.to_rows(rec, value)
+    return tokens.to_rows(rec, value) if isinstance(value.layout, Tokens) else planes.to_images(rec, value)

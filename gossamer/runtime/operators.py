@@ -155,6 +155,20 @@ class Combine(Operator):
 
 
 @dataclass(frozen=True, eq=False)
+class Pool(Operator):
+    """Under a window: the largest value ("max"), the mean with padding as zeros ("mean") or without ("mean_inside")."""
+
+    kind: str
+    geometry: Geometry
+
+    def __call__(self, x_NCHW: Tensor) -> Tensor:
+        g, (top, left, _, _) = self.geometry, self.geometry.padding
+        if self.kind == "max":
+            return functional.max_pool2d(x_NCHW, g.kernel, g.stride, (top, left), g.dilation)
+        return functional.avg_pool2d(x_NCHW, g.kernel, g.stride, (top, left), count_include_pad=self.kind == "mean")
+
+
+@dataclass(frozen=True, eq=False)
 class GlobalPool(Operator):
     """The mean of each channel over its pixels, [N, C] or, where `keep` is set, [N, C, 1, 1]."""
 

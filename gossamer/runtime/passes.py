@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .operators import Attention, Combine, Geometry, GlobalPool, Norm, Operator, Product, Rotary
+from .operators import Attention, Combine, Geometry, GlobalPool, Norm, Operator, Pool, Product, Rotary
 
 ATEN = torch.ops.aten
 Constants = dict[str, Tensor]
@@ -571,6 +571,63 @@ def _merged(parts: list[Product]) -> Product:
     return Product(torch.cat([p.weight for p in parts]), bias, f"{stem}_(qkv)")
 
 
+def sunk_views(graph: fx.Graph, constants: Constants) -> int:
+    """Rows flattened before a norm or a product, and given their axes back later, keep them throughout."""
+    count = 0
+    for node in list(graph.nodes):
+        if isinstance(node.target, (Norm, Product)) and getattr(node.target, "geometry", None) is None:
+            count += _sink(node)
+    for node in list(graph.nodes):
+        if _viewed(node) and _viewed(node.args[0]) and _same(node, node.args[0].args[0]):
+            _skip(node, node.args[0].args[0])
+    _drop_unused(graph)
+    return count
+
+
+def _sink(node: fx.Node) -> bool:
+    """op(view(x), view(r)) as view(op(x, r)), where the views flatten all axes but the last."""
+    sources = []
+    for view in node.all_input_nodes:
+        shape = _shape(view.args[0]) if _viewed(view) else None
+        if shape is None or len(shape) != 3 or len(_shape(view) or ()) != 2:
+            return False
+        if not statically_known_true(shape[-1] == _shape(view)[-1]):
+            return False
+        sources.append(view.args[0])
+    if not all(_rows_alike(sources[0], s) for s in sources):
+        return False
+    meta = node.meta["val"]
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(node.target, tuple(sources))
+        flat = node.graph.call_function(ATEN.view.default, (new, [-1, meta.shape[-1]]))
+    lead = sources[0].meta["val"]
+    new.meta["val"] = lead.new_empty(*lead.shape[:-1], meta.shape[-1])
+    flat.meta = dict(node.meta)
+    node.replace_all_uses_with(flat)
+    node.graph.erase_node(node)
+    return True
+
+
+def pools(graph: fx.Graph, constants: Constants) -> int:
+    """Largest values and means under a window."""
+    count = 0
+    for node in _calls(graph, ATEN.max_pool2d.default, ATEN.avg_pool2d.default):
+        largest = node.target is ATEN.max_pool2d.default
+        kernel = _pair(node.args[1])
+        stride = _pair(_argument(node, 2, "stride", []) or kernel)
+        padding = _pair(_argument(node, 3, "padding", 0))
+        dilation = _pair(_argument(node, 4, "dilation", 1)) if largest else (1, 1)
+        rounds_up = _argument(node, 5 if largest else 4, "ceil_mode", False)
+        divides = None if largest else _argument(node, 6, "divisor_override", None)
+        if rounds_up or divides or len(_shape(node.args[0]) or ()) != 4 or _dtype(node) != torch.float32:
+            continue
+        inside = not largest and not _argument(node, 5, "count_include_pad", True)
+        kind = "max" if largest else "mean_inside" if inside else "mean"
+        _swap(node, Pool(kind, Geometry(kernel, stride, (*padding, *padding), dilation, 1)), node.args[0])
+        count += 1
+    return count
+
+
 def global_pools(graph: fx.Graph, constants: Constants) -> int:
     """Means over all pixels."""
     count = 0
@@ -601,8 +658,10 @@ PASSES: tuple[Callable[[fx.Graph, Constants], int], ...] = (
     attentions,
     residuals,
     activations,
+    sunk_views,
     gates,
     merged_projections,
     split_projections,
+    pools,
     global_pools,
 )

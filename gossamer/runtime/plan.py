@@ -19,6 +19,7 @@ from ..kernels.cpu.launch import Launch
 from .layouts import Layout
 from .memory import ALIGN, Buffer, assign
 from .operators import Operator
+from .sequence import NativeSequence, Place, opening
 
 ATEN = torch.ops.aten
 _UNKNOWN = object()
@@ -35,7 +36,7 @@ class Slot:
 class Value:
     """What a node gives: a constant, a tensor in a slot, or panels; the latter two may stand side by side.
 
-    `both` holds the two masks of which a mask is the conjunction.
+    `both` holds the two masks of which a mask is the conjunction; such parts are `pinned`, kept while recording.
     """
 
     constant: object = _UNKNOWN
@@ -43,6 +44,7 @@ class Value:
     buffer: Buffer | None = None
     layout: Layout | None = None
     both: tuple[Value, Value] | None = None
+    pinned: bool = False
 
     @property
     def known(self) -> bool:
@@ -186,6 +188,7 @@ class Recorder:
         value = self.function(node.name, f"torch {name}", target, *args)
         if target is ATEN.__and__.Tensor and len(leaves) == 2:
             value.both = (leaves[0], leaves[1])
+            leaves[0].pinned = leaves[1].pinned = True
         return value
 
     def _constant(self, target: Callable, args: tuple, kwargs: dict) -> object:
@@ -279,6 +282,9 @@ class Plan:
         for buffer in rec.buffers:
             buffer.address, buffer.keep = base + buffer.offset, None
         self.steps = [Step(d.name, d.kernel, _bound(d)) for d in rec.drafts]
+        scratch = max((d.launch.scratch_bytes for d in rec.drafts if d.launch), default=0)
+        self.scratch = torch.empty(scratch + ALIGN, dtype=torch.uint8)
+        self.program = _program(rec.drafts, -(-self.scratch.data_ptr() // ALIGN) * ALIGN)
 
     @staticmethod
     def _output(rec: Recorder, leaf: object) -> object:
@@ -293,8 +299,8 @@ class Plan:
         env: list[object] = [None] * self.size
         for index, tensor in zip(self.inputs, tensors):
             env[index] = tensor
-        for step in self.steps:
-            step.run(env)
+        for run in self.program:
+            run(env)
         return [env[out.index] if isinstance(out, Slot) else out for out in self.outputs]
 
     def profile(self, tensors: Sequence[Tensor], runs: int = 20) -> list[tuple[Step, float]]:
@@ -319,7 +325,7 @@ def _forget_inputs(rec: Recorder, node: fx.Node, left: dict[fx.Node, int]) -> No
         if left[source] == 0 and not value.known and source.op != "placeholder":
             if value.buffer is not None:
                 value.buffer.keep = None
-            if value.slot is not None:
+            if value.slot is not None and not value.pinned:
                 rec.env[value.slot.index] = None
 
 
@@ -334,6 +340,35 @@ def _needed(drafts: list[_Draft], outputs: Sequence[object]) -> list[_Draft]:
         wanted |= {x.index for x in read if isinstance(x, Slot)}
         kept.append(draft)
     return kept[::-1]
+
+
+def _program(drafts: list[_Draft], scratch_at: int) -> list[Callable[[list], None]]:
+    """What a run calls: functions of torch's one by one, kernels between them in one native sequence each."""
+    program: list[Callable[[list], None]] = []
+    calls: list[tuple[Launch, list[int | Place]]] = []
+
+    def close() -> None:
+        if calls:
+            program.append(NativeSequence(list(calls), scratch_at).run)
+            calls.clear()
+
+    for draft in drafts:
+        if draft.launch is None:
+            close()
+            program.append(_bound(draft))
+            continue
+        if draft.shape is not None:
+            # The tensor must be there before the sequence starts; nothing in between asks for it.
+            program.append(opening(draft.out.index, draft.shape))  # type: ignore[union-attr]
+        calls.append((draft.launch, [_operand(x) for x in draft.operands]))
+    close()
+    return program
+
+
+def _operand(x: Buffer | Slot | int) -> int | Place:
+    if isinstance(x, Slot):
+        return Place(x.index)
+    return x.address if isinstance(x, Buffer) else x
 
 
 def _bound(draft: _Draft) -> Callable[[list], None]:

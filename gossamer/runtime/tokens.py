@@ -105,7 +105,7 @@ def panel_product(
         others = {dense.NAME: dense.way(op, weights, layout, x, y, rec.threads)}  # type: ignore[arg-type]
     size = (layout.panels, layout.width, layout.used, layout.used_last)
     form = weights.fastest((*size, op.activation, residual is not None, rec.threads), way, others)
-    if isinstance(form, str):
+    if not isinstance(form, Form):
         dense.record(rec, op, weights, source, layout, y, residual)  # type: ignore[arg-type]
         return Value(buffer=y, layout=out)
     rec.keep.append(form)

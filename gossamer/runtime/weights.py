@@ -21,7 +21,7 @@ from ..kernels.lowering import lower
 # Rows of a fully kept weight that share their columns, which is all rows: the widest group.
 FULL = 8
 # From here on zeros are multiplied rather than skipped: one row by itself runs at half the speed of a group.
-MOSTLY_KEPT = 0.7
+MOSTLY_KEPT = 0.9
 # Rounds of measuring, and about how long a round may take.
 ROUNDS, ROUND_SECONDS = 5, 1e-3
 
@@ -92,26 +92,31 @@ class Weights:
     def fastest(
         self,
         work: object,
-        ways: Callable[[Form], Callable[[], None]],
+        ways: Callable[[Form], Callable[[], None] | None],
         others: Mapping[str, Callable[[], None]] = MappingProxyType({}),
-    ) -> Form | str:
+    ) -> Form | str | None:
         """The form that runs this work fastest, or the name of another way that does: measured once, remembered.
+
+        None when no form can run it.
 
         Args:
             work: what the time depends on, such as panels, width and threads.
-            ways: makes a function that runs a form on real memory.
+            ways: makes a function that runs a form on real memory; None where the form cannot serve.
             others: functions that do the same without any form.
         """
         with self._lock:
             if work not in self._fastest:
                 self._fastest[work] = self._measured(ways, others)
             name = self._fastest[work]
-            return self.form(name) if name in self._makers else name
+            return self.form(name) if name in self._makers else name or None
 
-    def _measured(self, ways: Callable[[Form], Callable[[], None]], others: Mapping[str, Callable[[], None]]) -> str:
-        able = {name: ways(self.form(name)) for name in self._makers} | dict(others)
-        if len(able) == 1:
-            return next(iter(able))
+    def _measured(
+        self, ways: Callable[[Form], Callable[[], None] | None], others: Mapping[str, Callable[[], None]]
+    ) -> str:
+        found = {name: ways(self.form(name)) for name in self._makers}
+        able = {name: run for name, run in found.items() if run is not None} | dict(others)
+        if len(able) < 2:
+            return next(iter(able), "")
         times = _in_turn(able)
         chosen = min(times, key=times.__getitem__)
         for name in [n for n in self._forms if n != chosen and n not in self._fastest.values()]:

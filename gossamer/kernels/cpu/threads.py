@@ -47,6 +47,16 @@ def gomp_parallel():
 
 
 @functools.cache
+def team_size_at() -> int:
+    """Address of the C function that tells a thread how many share its parallel region; 0 without torch's OpenMP."""
+    path = _mapped_openmp() if gomp_parallel() else None
+    if path is None:
+        return 0
+    function = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW).omp_get_num_threads
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+@functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="gossamer")
 
