@@ -1,6 +1,8 @@
 """The sparse product on panels in place, against float64 torch: odd shapes, poison around and between, both threads."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,8 +11,11 @@ from hypothesis import strategies as st
 
 from gossamer.core.errors import FormatError, UnknownName
 from gossamer.kernels.cpu import spmm_panels as product
+from gossamer.kernels.cpu.arrange import arrange
 from gossamer.kernels.cpu.planes import plane_stride
+from gossamer.kernels.cpu.shares import share_out
 from gossamer.kernels.cpu.spmm_panels import plan_panels, spmm_panels
+from gossamer.kernels.cpu.stream import stream
 from gossamer.kernels.reference import ACTIVATIONS
 from tests.kernels.test_cpu_spmm import threads, weights  # noqa: F401
 
@@ -28,6 +33,11 @@ def guarded(*shape):
     whole = torch.full((count + 48,), torch.nan)
     first = 16 + -(whole.data_ptr() // 4) % 16
     return whole[first : first + count].view(shape), (whole[:first], whole[first + count :])
+
+
+def cut_into(blocks):
+    """Cut columns into about so many blocks, whatever the caches hold."""
+    return patch.object(product, "blocks_for", lambda stream, wide: blocks) if blocks else nullcontext()
 
 
 def untouched(sides):
@@ -54,15 +64,15 @@ sizes = st.tuples(st.integers(1, 70), st.integers(1, 300), st.integers(1, 3), st
     sizes,
     st.sampled_from((1, 2, 4, 8)),
     st.sampled_from((0.0, 0.1, 0.5, 1.0)),
-    st.sampled_from((None, 1, 37)),
+    st.sampled_from((None, 2, 37)),
     st.booleans(),
     st.sampled_from((None, "apart", "in place")),
     st.sampled_from(tuple(ACTIVATIONS)),
 )
-def test_any_shape_matches_float64_inside_poison(size, g, density, block, wide, residual, activation):
+def test_any_shape_matches_float64_inside_poison(size, g, density, blocks, wide, residual, activation):
     rows, cols, panels, used = size
     width = plane_stride(used)
-    weight, w = weights(rows, cols, g, density, block=block, dtype=torch.int32 if wide else torch.uint16)
+    weight, w = weights(rows, cols, g, density, dtype=torch.int32 if wide else torch.uint16)
     x, _ = guarded(panels, cols, width)
     y, sides = guarded(panels, rows, width)
     x[..., :used], bias, added = torch.randn(panels, cols, used), torch.randn(rows), None
@@ -70,7 +80,8 @@ def test_any_shape_matches_float64_inside_poison(size, g, density, block, wide, 
         added, _ = guarded(panels, rows, width) if residual == "apart" else (y, None)
         added[..., :used] = torch.randn(panels, rows, used)
     before = None if added is None else added[..., :used].clone()
-    assert spmm_panels(weight, x, bias, activation, added, y, used=used) is y
+    with cut_into(blocks):
+        assert spmm_panels(weight, x, bias, activation, added, y, used=used) is y
     assert within(y[..., :used], w, x[..., :used], bias, before, activation)
     assert untouched(sides) and untouched([y[..., -(-used // 16) * 16 :]])
 
@@ -133,16 +144,53 @@ def test_one_plan_on_four_python_threads():
         assert all(pool.map(run, range(4)))
 
 
-def test_rows_of_unequal_length_are_shared_evenly():
+@pytest.mark.parametrize("vectors", [[4, 4], [13], [3, 3, 1], [1], [7, 7, 7, 7]])
+@pytest.mark.parametrize("shares", [1, 2, 3])
+@pytest.mark.parametrize("together", [1, 2])
+def test_every_vector_of_every_group_is_done_once(vectors, shares, together):
+    weight, _ = weights(40, 30, 2, 0.4)
+    work = share_out(vectors, 4, together, arrange(weight, 2), shares)
+    done = torch.zeros(len(vectors), max(vectors), weight.groups, dtype=torch.int64)
+    for t0, t1, i0, i1 in work.tasks_T4.tolist():
+        for panel, first, count in work.tiles_Q3[t0:t1].tolist():
+            assert 0 < count <= 4 and first + count <= vectors[panel]
+            done[panel, first : first + count, i0:i1] += 1
+    assert all(bool((done[p, :n] == 1).all()) and not done[p, n:].any() for p, n in enumerate(vectors))
+    assert work.share_starts[0] == 0 and work.share_starts[-1] == len(work.tasks_T4)
+    assert len(work.share_starts) == shares + 1
+
+
+def test_rows_of_unequal_length_are_cut_by_entries():
     rows, cols = 64, 400
     w = torch.zeros(rows, cols)
     w[:8] = 1.0
     row, column = w.nonzero(as_tuple=True)
     indptr = torch.zeros(rows + 1, dtype=torch.int32)
     indptr[1:] = torch.bincount(row, minlength=rows).cumsum(0)
-    weight = product.Stream(1, rows, cols, cols, torch.stack([indptr[:-1], indptr[1:]]), column.int(), w[row, column])
-    cuts = product._cuts(weight, 2).tolist()
-    assert cuts[0] == 0 and cuts[-1] == rows and cuts[1] <= 5
+    long_first = stream(1, rows, cols, indptr, column.to(torch.uint16), w[row, column])
+    cuts = share_out([13], 4, 1, arrange(long_first, 1), 2).tasks_T4[:4, 2:].tolist()
+    assert cuts[0][0] == 0 and cuts[-1][1] == rows and cuts[1][1] <= 5
+
+
+def test_arranged_blocks_hold_the_same_entries_in_reading_order():
+    weight, w = weights(20, 50, 4, 0.4)
+    cut = arrange(weight, 3)
+    again = torch.zeros(cut.blocks, 5, 50, 4)
+    for run, (s, e) in enumerate(zip(cut.starts_R, cut.starts_R[1:])):
+        columns = cut.indices_E[s:e].long()
+        assert bool(((columns // 17) == run // 5).all()) and bool((columns.diff() > 0).all())
+        again[run // 5, run % 5, columns] = cut.values_EG[s:e]
+    assert torch.equal(again.sum(0).transpose(1, 2).reshape(20, 50), w)
+    assert arrange(weight, 1).values_EG.data_ptr() == weight.values_EG.data_ptr()
+
+
+def test_values_changed_in_place_are_seen():
+    weight, w = weights(40, 300, 1, 0.3)
+    x = product.aligned_panels(1, 300, 64).normal_()
+    with cut_into(3):
+        spmm_panels(weight, x)
+        weight.values_EG.mul_(2)
+        assert within(spmm_panels(weight, x), 2 * w, x, None, None, "none")
 
 
 def test_no_entries_no_rows_no_panels():

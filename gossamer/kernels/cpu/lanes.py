@@ -99,6 +99,23 @@ def take(typing, address):
     return _int(_int), gen
 
 
+@intrinsic
+def thread_number(typing, function):
+    """What the `int function(void)` at an address returns; 0 when there is none."""
+
+    def gen(ctx, b, sig, args):
+        before = b.block
+        with b.if_then(b.icmp_signed("!=", args[0], _n(0))):
+            asked = b.block
+            found = b.call(b.inttoptr(args[0], ir.FunctionType(_I32, []).as_pointer()), [])
+        number = b.phi(_I32)
+        number.add_incoming(ir.Constant(_I32, 0), before)
+        number.add_incoming(found, asked)
+        return b.sext(number, _I64)
+
+    return _int(_int), gen
+
+
 class _Loop:
     """`for i in range(start, stop, step)` in IR, carrying values from turn to turn."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 
 from gossamer.kernels.cpu.cache import compile_kernel, helper
-from gossamer.kernels.cpu.lanes import address_of, copy_row, get, get_i32, take
+from gossamer.kernels.cpu.lanes import address_of, copy_row, get, get_i32, take, thread_number
 from gossamer.kernels.cpu.panels import finish
 from gossamer.kernels.cpu.target import lanes
 from gossamer.kernels.cpu.threads import Entry
@@ -20,10 +20,11 @@ LANES = lanes()
 BATCH = 16
 
 # Byte offset of each argument. A plan without residual passes a zero in its place as the first of the fixed numbers.
+# COUNTERS is the first of as many counters as there are shares.
 (
     SLOT, NEXT, SCRATCH, X, Y, BIAS, RESIDUAL,
-    TASKS, CHUNKS, TILES, PANELS, USED, USED_LAST, ROW, X_PANEL, Y_PANEL, ROWS, GROUPS, BLOCKS,
-    STARTS, INDICES, VALUES, CUTS, BOUNDS, CODE, ZERO, SCRATCH_BYTES,
+    SHARES, SHARE_STARTS, TASKS, TILES, ROW, X_PANEL, Y_PANEL, ROWS, GROUPS, BLOCKS,
+    STARTS, INDICES, VALUES, BOUNDS, CODE, ZERO, HOLD, SCRATCH_BYTES, WHO, COUNTERS,
 ) = range(0, 8 * 27, 8)  # fmt: skip
 
 
@@ -37,20 +38,20 @@ def widest(g: int) -> int:
 
 
 @helper
-def ragged_start(scratch, row_bytes, bias, rows, residual, residual_row, group, count):
-    """Let scratch memory stand for a last group that lacks rows: sixteen biases, then its rows of sums."""
-    copy_row(LANES, bias if bias != 0 else scratch, scratch, rows if bias != 0 else 0, 16)
+def ragged_start(held, row_bytes, bias, rows, residual, residual_row, group, count):
+    """Let held memory stand for a last group that lacks rows: sixteen biases, then its rows of sums."""
+    copy_row(LANES, bias if bias != 0 else held, held, rows if bias != 0 else 0, 16)
     for r in range(group):
-        target = scratch + 64 + r * row_bytes
+        target = held + 64 + r * row_bytes
         given = residual != 0 and r < rows
         copy_row(LANES, residual + r * residual_row if given else target, target, count if given else 0, count)
 
 
 @helper
-def ragged_end(scratch, row_bytes, y, y_row, rows, count):
+def ragged_end(held, row_bytes, y, y_row, rows, count):
     """Write the rows that a last group does have."""
     for r in range(rows):
-        copy_row(LANES, scratch + 64 + r * row_bytes, y + r * y_row, count, count)
+        copy_row(LANES, held + 64 + r * row_bytes, y + r * y_row, count, count)
 
 
 @functools.cache
@@ -61,76 +62,81 @@ def kernel(g: int, index_bytes: int) -> Entry:
 
     def resident_kernel(pointer):
         args = address_of(pointer)
-        slot, tasks, chunks, tiles = take(args + SLOT), get(args + TASKS), get(args + CHUNKS), get(args + TILES)
+        slot, shares, share_starts = take(args + SLOT), get(args + SHARES), get(args + SHARE_STARTS)
         rows, groups, blocks, row = get(args + ROWS), get(args + GROUPS), get(args + BLOCKS), get(args + ROW)
-        starts, indices, values = get(args + STARTS), get(args + INDICES), get(args + VALUES)
-        cuts, code, zero = get(args + CUTS), get(args + CODE), get(args + ZERO)
+        indices, values = get(args + INDICES), get(args + VALUES)
+        code, zero = get(args + CODE), get(args + ZERO)
         bias, residual, scratch = get(args + BIAS), get(args + RESIDUAL), get(args + SCRATCH)
         scratch += slot * get(args + SCRATCH_BYTES)
         whole = rows // G
-        while True:
-            task = take(args + NEXT)
-            if task >= tasks:
-                break
-            place, chunk = task // chunks, task % chunks
-            number, tile = place // tiles, place % tiles
-            used = get(args + USED_LAST) if number == get(args + PANELS) - 1 else get(args + USED)
-            v0, v1 = tile * used // tiles, (tile + 1) * used // tiles
-            wide, count = v1 - v0, L * (v1 - v0)
-            i0, i1 = get_i32(cuts + 4 * chunk), get_i32(cuts + 4 * chunk + 4)
-            if wide == 0 or i0 == i1:
+        # A thread begins with the same share of the positions in every layer, which its own caches still hold.
+        share = thread_number(get(args + WHO)) % shares
+        tried = 0
+        while tried < shares:
+            number = take(args + COUNTERS + 8 * share) + get_i32(share_starts + 4 * share)
+            if number >= get_i32(share_starts + 4 * share + 4):
+                tried, share = tried + 1, (share + 1) % shares
                 continue
-            panel = get(args + X) + number * get(args + X_PANEL) + 4 * L * v0
-            offset = number * get(args + Y_PANEL) + 4 * L * v0
-            y = get(args + Y) + offset
-            for block in range(blocks):
-                begin, bounds = starts + 4 * groups * block, 0
+            task = get(args + TASKS) + 16 * number
+            t0, t1, i0, i1 = get_i32(task), get_i32(task + 4), get_i32(task + 8), get_i32(task + 12)
+            for turn in range(blocks * (t1 - t0)):
+                block, tile = turn // (t1 - t0), get(args + TILES) + 12 * (t0 + turn % (t1 - t0))
+                # What a ragged group has summed so far, for each tile of the task.
+                held = scratch + turn % (t1 - t0) * get(args + HOLD)
+                panel, first, wide = get_i32(tile), 4 * L * get_i32(tile + 4), get_i32(tile + 8)
+                count = L * wide
+                x = get(args + X) + panel * get(args + X_PANEL) + first
+                offset = panel * get(args + Y_PANEL) + first
+                y = get(args + Y) + offset
                 # Sums start from bias and residual in the first block, and from what y holds in later ones.
-                bias_at, bias_step, base_at = zero, 0, y
+                bias_at, bias_step, base_at, bounds = zero, 0, y, 0
                 if block == 0:
                     base_at = residual + offset if residual != 0 else 0
                     if bias != 0:
                         bias_at, bias_step = bias, 4
                 if block == blocks - 1:
                     bounds = get(args + BOUNDS)
-                done = i0
+                done, starts = i0, get(args + STARTS) + 4 * (groups * block + i0)
+                s = get_i32(starts)
                 for i in range(i0, i1):
-                    s, e = get_i32(begin + 4 * i), get_i32(begin + 4 * (i + groups))
+                    starts += 4
+                    e = get_i32(starts)
                     to, to_row, base, add = y + i * G * row, row, 0, bias_at + i * G * bias_step
                     if base_at != 0:
                         base = base_at + i * G * row
                     if i == whole:
                         if block == 0:
-                            ragged_start(scratch, 4 * count, add, rows - i * G, base, row, G, count)
-                        to, to_row, base, add = scratch + 64, 4 * count, scratch + 64, scratch if block == 0 else zero
+                            ragged_start(held, 4 * count, add, rows - i * G, base, row, G, count)
+                        to, to_row, base, add = held + 64, 4 * count, held + 64, held if block == 0 else zero
                         bias_step = 4 if block == 0 else 0
                     if wide == 1:
                         product_tile(
-                            G, 1, L, B, e, s, indices, values, panel, row, to, to_row, base, add, bias_step, bounds
+                            G, 1, L, B, e, s, indices, values, x, row, to, to_row, base, add, bias_step, bounds
                         )
                     elif wide == 2:
                         product_tile(
-                            G, V2, L, B, e, s, indices, values, panel, row, to, to_row, base, add, bias_step, bounds
+                            G, V2, L, B, e, s, indices, values, x, row, to, to_row, base, add, bias_step, bounds
                         )
                     elif wide == 3:
                         product_tile(
-                            G, V3, L, B, e, s, indices, values, panel, row, to, to_row, base, add, bias_step, bounds
+                            G, V3, L, B, e, s, indices, values, x, row, to, to_row, base, add, bias_step, bounds
                         )
                     elif wide == 4:
                         product_tile(
-                            G, V4, L, B, e, s, indices, values, panel, row, to, to_row, base, add, bias_step, bounds
+                            G, V4, L, B, e, s, indices, values, x, row, to, to_row, base, add, bias_step, bounds
                         )
                     elif wide == 5:
                         product_tile(
-                            G, V5, L, B, e, s, indices, values, panel, row, to, to_row, base, add, bias_step, bounds
+                            G, V5, L, B, e, s, indices, values, x, row, to, to_row, base, add, bias_step, bounds
                         )
                     else:
                         product_tile(
-                            G, V6, L, B, e, s, indices, values, panel, row, to, to_row, base, add, bias_step, bounds
+                            G, V6, L, B, e, s, indices, values, x, row, to, to_row, base, add, bias_step, bounds
                         )
+                    s = e
                     if block == blocks - 1:
                         if i == whole:
-                            ragged_end(scratch, 4 * count, y + i * G * row, row, rows - i * G, count)
+                            ragged_end(held, 4 * count, y + i * G * row, row, rows - i * G, count)
                         if code != 0 and ((i + 1 - done) * G >= BATCH or i == i1 - 1):
                             at = y + done * G * row
                             finish(at, row, at, row, min(rows, (i + 1) * G) - done * G, count, zero, 0, code)

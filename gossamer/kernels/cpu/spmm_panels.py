@@ -9,16 +9,25 @@ import torch
 from torch import Tensor
 
 from gossamer.core.errors import FormatError
+from gossamer.kernels.cpu.arrange import Arranged, arrange
 from gossamer.kernels.cpu.checks import activation_code, need_bias, need_floats
 from gossamer.kernels.cpu.launch import Launch, launch
 from gossamer.kernels.cpu.plan import remember
+from gossamer.kernels.cpu.shares import share_out
 from gossamer.kernels.cpu.stream import Stream
 from gossamer.kernels.cpu.target import lanes
+from gossamer.kernels.cpu.threads import thread_number_at
 
 # Panels and rows start on cache lines: sixteen floats.
 LINE = 16
 # Multiply-adds that pay for waking one more thread: about ten microseconds of work.
 GRAIN = 500_000
+# Threads that take part in one product; each has a share of the positions of its own.
+MOST_SHARES = 16
+MOST_TOGETHER = 8
+# What x may fill of a first-level cache of 48 KiB, and x and y together of a second-level cache of 1 MiB; and entries
+# of a run that pay for reading and writing its sums (measured).
+L1_BYTES, L2_BYTES, WORTHWHILE = 44 << 10, 640 << 10, 20
 # Activations that are nothing but bounds; the others pass over each finished row again.
 _BOUNDS = {0: None, 1: (0.0, torch.inf), 5: (0.0, 6.0)}
 _BOUND_TABLE = torch.tensor([pair for pair in _BOUNDS.values() if pair], dtype=torch.float32, device="cpu")
@@ -53,7 +62,7 @@ def plan_panels(
     64-byte boundaries. The residual may be y itself; x may not.
 
     Args:
-        stream: the weights W [M, K]; they must stay where they are while the plan is used.
+        stream: the weights W [M, K]; values changed later need a new plan.
         panels: P.
         width: W, floats from one feature of a panel to the next, a multiple of 16.
         used: positions of every panel that matter, 1 to `width`; the vectors beyond are not computed. All when None.
@@ -90,49 +99,67 @@ def _lay_out(
 ) -> Launch:
     from gossamer.kernels.cpu.resident import widest
 
-    entry = resident_kernel(stream.g, stream.indices_E.element_size())
-    vectors, last = -(-used // lanes()), -(-used_last // lanes())
-    tiles = -(-max(vectors, last) // widest(stream.g))
-    worth = stream.values_EG.numel() * (used * (panels - 1) + used_last) // GRAIN
-    threads = max(1, min(threads, worth))
-    chunks = _chunks(panels * tiles, -(-stream.groups * stream.g // LINE), threads)
-    cuts_C = _cuts(stream, chunks)
-    tasks = panels * tiles * chunks if stream.rows else 0
-    bounded = _BOUNDS.get(code)
-    bounds_at = _BOUND_TABLE.data_ptr() + 8 * (code == 5) if bounded else 0
-    scratch = 64 + 4 * stream.g * lanes() * widest(stream.g)
-    scratch = -(-scratch // 64) * 64
+    entry, wide = resident_kernel(stream.g, stream.indices_E.element_size()), widest(stream.g)
+    arranged = arranged_for(stream, blocks_for(stream, wide))
+    vectors = [-(-used // lanes())] * (panels - 1) + [-(-used_last // lanes())] * (panels > 0)
+    worth = stream.values_EG.numel() * lanes() * sum(vectors) // GRAIN
+    threads = max(1, min(threads, worth, MOST_SHARES))
+    together = _tiles_together(stream, wide)
+    work = share_out(vectors, wide, together, arranged, threads)
+    hold = -(-(64 + 4 * stream.g * lanes() * wide) // 64) * 64
+    scratch = hold * together
     fixed = (
-        tasks, chunks, tiles, panels, vectors, last, 4 * width, 4 * width * stream.cols, 4 * width * stream.rows,
-        stream.rows, stream.groups, stream.blocks, *stream.addresses, cuts_C.data_ptr(), bounds_at,
-        0 if code in _BOUNDS else code, _ZEROS.data_ptr(), scratch,
+        threads, work.share_starts.data_ptr(), work.tasks_T4.data_ptr(), work.tiles_Q3.data_ptr(),
+        4 * width, 4 * width * stream.cols, 4 * width * stream.rows,
+        stream.rows, stream.groups, arranged.blocks, *arranged.addresses, _bounds_at(code),
+        0 if code in _BOUNDS else code, _ZEROS.data_ptr(), hold, scratch, thread_number_at(), *[0] * threads,
     )  # fmt: skip
-    threads = max(1, min(threads, tasks))
     return launch(
         entry, addresses=4 if residual else 3, fixed=fixed if residual else (0, *fixed), threads=threads,
-        scratch_bytes=threads * scratch, holds=(stream, cuts_C),
+        scratch_bytes=threads * scratch, holds=(arranged, work),
     )  # fmt: skip
 
 
-def _chunks(places: int, most: int, threads: int) -> int:
-    """Into how many runs of rows each tile is cut, so that no thread waits for long; 1 when there is one thread."""
-    if threads == 1 or places == 0:
-        return 1
-    for chunks in range(1, 4 * threads):
-        tasks = places * chunks
-        if -(-tasks // threads) * threads <= 1.1 * tasks:
-            return max(1, min(chunks, most))
-    return max(1, min(threads, most))
+def _bounds_at(code: int) -> int:
+    """Address of the two bounds that an activation amounts to; 0 for the others."""
+    return _BOUND_TABLE.data_ptr() + 8 * (code == 5) if _BOUNDS.get(code) else 0
 
 
-def _cuts(stream: Stream, chunks: int) -> Tensor:
-    """Group numbers int32 [chunks + 1] that cut the rows into runs of about as many entries each."""
-    entries_N = stream.starts_BG[-1].to(torch.int64) - stream.starts_BG[0] + 4
-    reached_N = entries_N.cumsum(0)
-    wanted = torch.arange(1, chunks) * (int(reached_N[-1]) if stream.groups else 0) / chunks
-    inner = torch.searchsorted(reached_N.double(), wanted.double())
-    ends = torch.tensor([0, stream.groups])
-    return torch.cat([ends[:1], inner, ends[1:]]).to(torch.int32)
+def _tiles_together(stream: Stream, wide: int) -> int:
+    """Tiles whose x and y stay in the second-level cache, so that they can share each block of weights."""
+    return min(MOST_TOGETHER, max(1, L2_BYTES // (4 * lanes() * wide * max(1, stream.rows + stream.cols))))
+
+
+def blocks_for(stream: Stream, wide: int) -> int:
+    """Blocks of columns so that x stays in the first-level cache, unless rows are too short to be cut."""
+    if stream.g >= 4:
+        columns = L2_BYTES // (4 * lanes() * wide)
+    else:
+        each = stream.values_EG.shape[0] / max(1, stream.groups * stream.cols)
+        columns = max(L1_BYTES // (4 * lanes() * wide), round(WORTHWHILE / max(each, 1e-6)))
+    return max(1, -(-stream.cols // columns))
+
+
+def _version(stream: Stream) -> int:
+    """Counts changes of the values in place."""
+    return 0 if stream.values_EG.is_inference() else stream.values_EG._version
+
+
+def arranged_for(stream: Stream, blocks: int) -> Arranged:
+    """The stream arranged in so many blocks: made once for weights that stay where they are."""
+    held = stream.arrangements.get(blocks)
+    if held is None or held[0] != stream.addresses:
+        held = stream.arrangements[blocks] = [stream.addresses, _version(stream), arrange(stream, blocks)]
+    return held[2]
+
+
+def _refresh(stream: Stream) -> None:
+    """Let arranged copies follow values that were changed in place."""
+    now = _version(stream)
+    for held in stream.arrangements.values():
+        if held[1] != now:
+            held[1] = now
+            held[2].refresh(stream.values_EG)
 
 
 def spmm_panels(
@@ -167,6 +194,7 @@ def spmm_panels(
     out = aligned_panels(panels, stream.rows, width) if out is None else out
     if out.numel():
         added, threads = residual_PMW is not None, torch.get_num_threads()
+        _refresh(stream)
         key = ("panels", panels, width, used, activation, added, threads, stream.addresses)
         if (plan := stream.plans.get(key)) is None:
             plan = plan_panels(

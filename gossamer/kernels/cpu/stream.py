@@ -57,6 +57,11 @@ class Stream:
         return {}
 
     @cached_property
+    def arrangements(self) -> dict:
+        """Copies of the entries in the order of wide products, made on first use."""
+        return {}
+
+    @cached_property
     def plans(self) -> dict:
         """How the work was laid out for each size of x that came by."""
         return {}

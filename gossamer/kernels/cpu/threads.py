@@ -32,14 +32,28 @@ def _mapped_openmp() -> str | None:
 
 
 @functools.cache
-def gomp_parallel():
-    """OpenMP's entry point, `GOMP_parallel(function, argument, threads, flags)`; None where torch brings another."""
+def _openmp_function(name: str):
     path = _mapped_openmp() if sys.platform.startswith("linux") else None
     if path is None:
         return None
     try:
-        parallel = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
+        return getattr(ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW), name)
     except (OSError, AttributeError):
+        return None
+
+
+@functools.cache
+def thread_number_at() -> int:
+    """Address of the function by which a kernel learns which thread of the pool runs it; 0 where there is none."""
+    function = _openmp_function("omp_get_thread_num")
+    return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+@functools.cache
+def gomp_parallel():
+    """OpenMP's entry point, `GOMP_parallel(function, argument, threads, flags)`; None where torch brings another."""
+    parallel = _openmp_function("GOMP_parallel")
+    if parallel is None:
         return None
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None

@@ -1,0 +1,82 @@
+"""Who does what: the positions of all panels cut into tiles, and tiles x row groups dealt out as tasks.
+
+Shapes: Q tiles, T tasks, N row groups, R runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gossamer.kernels.cpu.arrange import Arranged
+
+# A share may be this much longer than the mean before its rows are cut, so that others can help.
+_UNEVEN = 1.04
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a kernel reads: share s owns tasks share_starts[s]..share_starts[s + 1].
+
+    Args:
+        tiles_Q3: int32, panel, first vector and vectors of each tile.
+        tasks_T4: int32, first and last + 1 tile, first and last + 1 row group.
+        share_starts: int32 [shares + 1].
+    """
+
+    tiles_Q3: Tensor
+    tasks_T4: Tensor
+    share_starts: Tensor
+
+
+def share_out(vectors: list[int], wide: int, together: int, arranged: Arranged, shares: int) -> Work:
+    """Give every share as many vectors of positions, the same ones for any weights.
+
+    Args:
+        vectors: of each panel.
+        wide: most vectors of a tile.
+        together: tiles of a task that share each block of weights.
+        arranged: the weights, whose rows are cut where shares are uneven.
+        shares: how many.
+    """
+    total, tiles, tasks, starts = sum(vectors), [], [], [0]
+    longest = -(-total // shares)
+    cuts = _row_cuts(arranged, 1 if longest * shares <= _UNEVEN * total else 2 * shares)
+    for share in range(shares):
+        first = len(tiles)
+        tiles += _tiles(vectors, wide, share * total // shares, (share + 1) * total // shares)
+        spans = [(t, min(t + together, len(tiles))) for t in range(first, len(tiles), together)]
+        tasks += [(*span, i, j) for span in spans for i, j in zip(cuts, cuts[1:]) if i < j]
+        starts.append(len(tasks))
+    return Work(_table(tiles, 3), _table(tasks, 4), torch.tensor(starts, dtype=torch.int32))
+
+
+def _table(rows: list[tuple], columns: int) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int32).reshape(-1, columns)
+
+
+def _tiles(vectors: list[int], wide: int, begin: int, end: int) -> list[tuple[int, int, int]]:
+    """Tiles of vectors begin..end, counted over all panels; none straddles two panels."""
+    tiles, before = [], 0
+    for panel, count in enumerate(vectors):
+        low, high = max(begin - before, 0), min(end - before, count)
+        pieces = -(-(high - low) // wide)
+        for p in range(pieces):
+            v0, v1 = low + p * (high - low) // pieces, low + (p + 1) * (high - low) // pieces
+            tiles.append((panel, v0, v1 - v0))
+        before += count
+    return tiles
+
+
+def _row_cuts(arranged: Arranged, pieces: int) -> list[int]:
+    """Group numbers that cut the rows into pieces of about as many entries each."""
+    runs_BN = arranged.starts_R.diff().reshape(arranged.blocks, -1).to(torch.int64)
+    groups = runs_BN.shape[1]
+    if pieces == 1 or groups == 0:
+        return [0, groups]
+    # Starting and ending a run costs about four entries.
+    reached_N = (runs_BN + 4).sum(0).cumsum(0)
+    wanted = torch.arange(1, pieces) * int(reached_N[-1]) / pieces
+    return [0, *torch.searchsorted(reached_N.double(), wanted.double()).tolist(), groups]
