@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.stacks.stacks import Layer, Stack
 from gossamer.kernels.cpu.conv import spmm_conv
-from gossamer.kernels.cpu.spmm import empty_panels, spmm, spmm_columns
+from gossamer.kernels.cpu.spmm import spmm, spmm_columns
 from gossamer.kernels.cpu.stream import Stream, stream
 
 
@@ -24,26 +24,21 @@ def to_stream(layer: Layer, g: int) -> Stream:
     return stream(g, rows, cols, indptr, column_E.to(torch.uint16), values, block=block)
 
 
-def prepare(stack: Stack, threads: int, g: int, *, in_panels: bool = False):
-    """Layers one after the other; with `in_panels` hidden activations keep the kernels' own layout."""
+def prepare(stack: Stack, threads: int, g: int):
+    """Layers one after the other, through ordinary tensors."""
     torch.set_num_threads(threads)
     layers = [(to_stream(layer, g), layer) for layer in stack.layers]
 
     def mlp():
         x = stack.x
-        for i, (weight, layer) in enumerate(layers):
-            inner = in_panels and i + 1 < len(layers)
-            out = empty_panels(stack.x.shape[0], weight.rows) if inner else None
-            out = torch.empty(stack.x.shape[0], weight.rows) if out is None else out
-            x = spmm(weight, x, layer.bias_M, layer.activation, out)
+        for weight, layer in layers:
+            x = spmm(weight, x, layer.bias_M, layer.activation)
         return x
 
     def pointwise():
         x = stack.x[0].flatten(1)
-        for i, (weight, layer) in enumerate(layers):
-            inner = in_panels and i + 1 < len(layers)
-            out = empty_panels(stack.x[0, 0].numel(), weight.rows) if inner else None
-            x = spmm_columns(weight, x, layer.bias_M, layer.activation, out)
+        for weight, layer in layers:
+            x = spmm_columns(weight, x, layer.bias_M, layer.activation)
         return x.view(1, -1, *stack.x.shape[2:])
 
     def spatial():

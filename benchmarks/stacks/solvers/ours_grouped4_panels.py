@@ -1,6 +1,6 @@
 """Groups of four rows, with hidden activations left in panels between layers (not for 3x3 convolutions)."""
 
-from benchmarks.stacks.solvers import _ours as ours
+from benchmarks.stacks.solvers import _panels as ours
 
 SPARSE = True
 
@@ -10,4 +10,4 @@ def runs(case):
 
 
 def prepare(stack, threads):
-    return ours.prepare(stack, threads, 4, in_panels=True)
+    return ours.prepare(stack, threads, 4)
