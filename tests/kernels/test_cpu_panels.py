@@ -17,6 +17,7 @@ from gossamer.kernels.cpu.shares import share_out
 from gossamer.kernels.cpu.spmm_panels import plan_panels, spmm_panels
 from gossamer.kernels.cpu.stream import stream
 from gossamer.kernels.reference import ACTIVATIONS
+from gossamer.runtime.sequence import NativeSequence
 from tests.kernels.test_cpu_spmm import threads, weights  # noqa: F401
 
 LIMIT = 2e-6
@@ -145,11 +146,11 @@ def test_one_plan_on_four_python_threads():
 
 
 @pytest.mark.parametrize("vectors", [[4, 4], [13], [3, 3, 1], [1], [7, 7, 7, 7]])
-@pytest.mark.parametrize("shares", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 2, 3, 6])
 @pytest.mark.parametrize("together", [1, 2])
-def test_every_vector_of_every_group_is_done_once(vectors, shares, together):
+def test_every_vector_of_every_group_is_done_once(vectors, workers, together):
     weight, _ = weights(40, 30, 2, 0.4)
-    work = share_out(vectors, 4, together, arrange(weight, 2), shares)
+    work = share_out(vectors, 4, together, arrange(weight, 2), workers)
     done = torch.zeros(len(vectors), max(vectors), weight.groups, dtype=torch.int64)
     for t0, t1, i0, i1 in work.tasks_T4.tolist():
         for panel, first, count in work.tiles_Q3[t0:t1].tolist():
@@ -157,7 +158,7 @@ def test_every_vector_of_every_group_is_done_once(vectors, shares, together):
             done[panel, first : first + count, i0:i1] += 1
     assert all(bool((done[p, :n] == 1).all()) and not done[p, n:].any() for p, n in enumerate(vectors))
     assert work.share_starts[0] == 0 and work.share_starts[-1] == len(work.tasks_T4)
-    assert len(work.share_starts) == shares + 1
+    assert len(work.share_starts) == min(workers, 4) + 1
 
 
 def test_rows_of_unequal_length_are_cut_by_entries():
@@ -191,6 +192,28 @@ def test_values_changed_in_place_are_seen():
         spmm_panels(weight, x)
         weight.values_EG.mul_(2)
         assert within(spmm_panels(weight, x), 2 * w, x, None, None, "none")
+
+
+def test_many_places_keep_within_their_counters():
+    weight, _ = weights(40, 30, 1, 0.4)
+    work = share_out([4] * 100_000, 4, 1, arrange(weight, 1), 2)
+    assert work.share_starts.diff().max() < 40_000 and work.together > 1
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+def test_several_layers_as_one_native_call_run_again_and_again(workers):
+    first, w1 = weights(40, 30, 4, 0.4)
+    second, w2 = weights(20, 40, 1, 0.4)
+    x, hidden, y = (product.aligned_panels(2, n, 112).normal_() for n in (30, 40, 20))
+    plans = [plan_panels(s, panels=2, width=112, used=100, activation="relu", threads=workers) for s in (first, second)]
+    calls = [(plans[0], (x.data_ptr(), hidden.data_ptr(), 0)), (plans[1], (hidden.data_ptr(), y.data_ptr(), 0))]
+    scratch = torch.empty(max(p.scratch_bytes for p in plans) // 4 + 64)
+    chain = NativeSequence(calls, -(-scratch.data_ptr() // 64) * 64)
+    for _ in range(50):
+        x.normal_()
+        chain.run([])
+        want = exact(w2, exact(w1, x, None, None, "relu"), None, None, "relu")[..., :100]
+        assert float((y[..., :100] - want).abs().max()) < 1e-4
 
 
 def test_no_entries_no_rows_no_panels():

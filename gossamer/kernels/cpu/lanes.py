@@ -100,6 +100,16 @@ def take(typing, address):
 
 
 @intrinsic
+def take_many(typing, address, amount):
+    """Atomically add an amount to a counter and return what it was."""
+
+    def gen(ctx, b, sig, args):
+        return b.atomic_rmw("add", _at(b, args[0], _I64), args[1], "acq_rel")
+
+    return _int(_int, _int), gen
+
+
+@intrinsic
 def thread_number(typing, function):
     """What the `int function(void)` at an address returns; 0 when there is none."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 
 from gossamer.kernels.cpu.cache import compile_kernel, helper
-from gossamer.kernels.cpu.lanes import address_of, copy_row, get, get_i32, take, thread_number
+from gossamer.kernels.cpu.lanes import address_of, copy_row, get, get_i32, take, take_many, thread_number
 from gossamer.kernels.cpu.panels import finish
 from gossamer.kernels.cpu.target import lanes
 from gossamer.kernels.cpu.threads import Entry
@@ -20,12 +20,12 @@ LANES = lanes()
 BATCH = 16
 
 # Byte offset of each argument. A plan without residual passes a zero in its place as the first of the fixed numbers.
-# COUNTERS is the first of as many counters as there are shares.
+# NEXT counts the tasks taken from each share in 16 bits of its own.
 (
     SLOT, NEXT, SCRATCH, X, Y, BIAS, RESIDUAL,
     SHARES, SHARE_STARTS, TASKS, TILES, ROW, X_PANEL, Y_PANEL, ROWS, GROUPS, BLOCKS,
-    STARTS, INDICES, VALUES, BOUNDS, CODE, ZERO, HOLD, SCRATCH_BYTES, WHO, COUNTERS,
-) = range(0, 8 * 27, 8)  # fmt: skip
+    STARTS, INDICES, VALUES, BOUNDS, CODE, ZERO, HOLD, SCRATCH_BYTES, WHO,
+) = range(0, 8 * 26, 8)  # fmt: skip
 
 
 def widest(g: int) -> int:
@@ -73,7 +73,9 @@ def kernel(g: int, index_bytes: int) -> Entry:
         share = thread_number(get(args + WHO)) % shares
         tried = 0
         while tried < shares:
-            number = take(args + COUNTERS + 8 * share) + get_i32(share_starts + 4 * share)
+            number = (take_many(args + NEXT, 1 << 16 * share) >> 16 * share & 0xFFFF) + get_i32(
+                share_starts + 4 * share
+            )
             if number >= get_i32(share_starts + 4 * share + 4):
                 tried, share = tried + 1, (share + 1) % shares
                 continue

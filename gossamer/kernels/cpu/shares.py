@@ -12,6 +12,10 @@ from torch import Tensor
 
 from gossamer.kernels.cpu.arrange import Arranged
 
+# Counters of 16 bits in one word of 64: more threads than these work on shares together.
+MOST_SHARES = 4
+# Far from what 16 bits count, with every thread asking once too often.
+_MOST_TASKS = 32_000
 # A share may be this much longer than the mean before its rows are cut, so that others can help.
 _UNEVEN = 1.04
 
@@ -24,14 +28,16 @@ class Work:
         tiles_Q3: int32, panel, first vector and vectors of each tile.
         tasks_T4: int32, first and last + 1 tile, first and last + 1 row group.
         share_starts: int32 [shares + 1].
+        together: most tiles of a task.
     """
 
     tiles_Q3: Tensor
     tasks_T4: Tensor
     share_starts: Tensor
+    together: int
 
 
-def share_out(vectors: list[int], wide: int, together: int, arranged: Arranged, shares: int) -> Work:
+def share_out(vectors: list[int], wide: int, together: int, arranged: Arranged, threads: int) -> Work:
     """Give every share as many vectors of positions, the same ones for any weights.
 
     Args:
@@ -39,18 +45,19 @@ def share_out(vectors: list[int], wide: int, together: int, arranged: Arranged, 
         wide: most vectors of a tile.
         together: tiles of a task that share each block of weights.
         arranged: the weights, whose rows are cut where shares are uneven.
-        shares: how many.
+        threads: how many will work.
     """
-    total, tiles, tasks, starts = sum(vectors), [], [], [0]
-    longest = -(-total // shares)
-    cuts = _row_cuts(arranged, 1 if longest * shares <= _UNEVEN * total else 2 * shares)
+    shares, total, tiles, tasks, starts = min(threads, MOST_SHARES), sum(vectors), [], [], [0]
+    even = threads == shares and -(-total // shares) * shares <= _UNEVEN * total
+    cuts = _row_cuts(arranged, 1 if even else 2 * threads)
+    together = max(together, -(-total * len(cuts) // _MOST_TASKS))
     for share in range(shares):
         first = len(tiles)
         tiles += _tiles(vectors, wide, share * total // shares, (share + 1) * total // shares)
         spans = [(t, min(t + together, len(tiles))) for t in range(first, len(tiles), together)]
         tasks += [(*span, i, j) for span in spans for i, j in zip(cuts, cuts[1:]) if i < j]
         starts.append(len(tasks))
-    return Work(_table(tiles, 3), _table(tasks, 4), torch.tensor(starts, dtype=torch.int32))
+    return Work(_table(tiles, 3), _table(tasks, 4), torch.tensor(starts, dtype=torch.int32), together)
 
 
 def _table(rows: list[tuple], columns: int) -> Tensor:

@@ -22,8 +22,6 @@ from gossamer.kernels.cpu.threads import thread_number_at
 LINE = 16
 # Multiply-adds that pay for waking one more thread: about ten microseconds of work.
 GRAIN = 500_000
-# Threads that take part in one product; each has a share of the positions of its own.
-MOST_SHARES = 16
 MOST_TOGETHER = 8
 # What x may fill of a first-level cache of 48 KiB, and x and y together of a second-level cache of 1 MiB; and entries
 # of a run that pay for reading and writing its sums (measured).
@@ -103,16 +101,15 @@ def _lay_out(
     arranged = arranged_for(stream, blocks_for(stream, wide))
     vectors = [-(-used // lanes())] * (panels - 1) + [-(-used_last // lanes())] * (panels > 0)
     worth = stream.values_EG.numel() * lanes() * sum(vectors) // GRAIN
-    threads = max(1, min(threads, worth, MOST_SHARES))
-    together = _tiles_together(stream, wide)
-    work = share_out(vectors, wide, together, arranged, threads)
+    threads = max(1, min(threads, worth))
+    work = share_out(vectors, wide, _tiles_together(stream, wide), arranged, threads)
     hold = -(-(64 + 4 * stream.g * lanes() * wide) // 64) * 64
-    scratch = hold * together
+    scratch = hold * work.together
     fixed = (
-        threads, work.share_starts.data_ptr(), work.tasks_T4.data_ptr(), work.tiles_Q3.data_ptr(),
+        len(work.share_starts) - 1, work.share_starts.data_ptr(), work.tasks_T4.data_ptr(), work.tiles_Q3.data_ptr(),
         4 * width, 4 * width * stream.cols, 4 * width * stream.rows,
         stream.rows, stream.groups, arranged.blocks, *arranged.addresses, _bounds_at(code),
-        0 if code in _BOUNDS else code, _ZEROS.data_ptr(), hold, scratch, thread_number_at(), *[0] * threads,
+        0 if code in _BOUNDS else code, _ZEROS.data_ptr(), hold, scratch, thread_number_at(),
     )  # fmt: skip
     return launch(
         entry, addresses=4 if residual else 3, fixed=fixed if residual else (0, *fixed), threads=threads,
