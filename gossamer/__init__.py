@@ -23,12 +23,14 @@ __version__ = "0.1.0"
 _HOME = {
     "prune": "recipes.prune",
     "compile": "runtime.compiled",
+    "Decoder": "runtime.decoder",
     "rearrange": "recipes.rearrange",
     **dict.fromkeys(("load", "pack", "report_of", "save", "unpack"), "deploy"),
     **dict.fromkeys(("spgemm", "spgemm_plan"), "kernels.spgemm"),
 }
 
 __all__ = [
+    "Decoder",
     "Pattern",
     "Sparsifier",
     "Support",

@@ -14,6 +14,7 @@ from ..deploy.engines import Speed, measure_engines
 from ..deploy.save import RECORD, TENSORS
 from ..deploy.timing import median, torch_threads
 from ..report.record import EngineRow
+from ..runtime.decoder import Decoder
 
 Progress = Callable[[str, int, int], None]
 THREADS = (1, 2)
@@ -70,9 +71,13 @@ def _row(s: Speed, packed: Mapping[str, nn.Module]) -> EngineRow:
     )
 
 
+# A model that transformers calls token by token, or what makes a decoder for a number of threads.
+Speaker = nn.Module | Callable[[int], Decoder]
+
+
 def decode_rows(
-    dense: Mapping[str, nn.Module],
-    packed: Mapping[str, nn.Module],
+    dense: Mapping[str, Speaker],
+    packed: Mapping[str, Speaker],
     prompt: Tensor,
     *,
     tokens: int = 24,
@@ -81,30 +86,46 @@ def decode_rows(
     """Tokens per second, one sequence, greedy, after a prompt: median over single tokens, models taking turns.
 
     Args:
-        dense: the dense model by engine.
-        packed: packed models by setting.
+        dense: the dense model by engine, or a function of the threads that makes its decoder.
+        packed: packed models by setting, likewise.
         prompt: token ids [1, T].
         tokens: tokens of one turn.
         seconds: about how long to measure in all.
     """
-    models = {**dense, **packed}
-    taken: dict[tuple[str, int], list[float]] = {(n, t): [] for t in THREADS for n in models}
+    models = {
+        (name, threads): model if isinstance(model, nn.Module) else model(threads)
+        for threads in THREADS
+        for name, model in {**dense, **packed}.items()
+    }
+    taken: dict[tuple[str, int], list[float]] = {key: [] for key in models}
     until = time.perf_counter() + seconds
     with torch.no_grad():
         while time.perf_counter() < until or not all(taken.values()):
             for name, threads in taken:
                 with torch_threads(threads):
-                    taken[name, threads] += _decode(models[name], prompt, tokens)
+                    taken[name, threads] += _decode(models[name, threads], prompt, tokens)
     return [_token_row(name, threads, ms, ours=name in packed) for (name, threads), ms in taken.items()]
 
 
-def _decode(model: nn.Module, prompt: Tensor, tokens: int) -> list[float]:
+def _decode(model: nn.Module | Decoder, prompt: Tensor, tokens: int) -> list[float]:
     """Milliseconds of each token after the first two, which still warm caches."""
+    if isinstance(model, Decoder):
+        return _decode_by_steps(model, prompt, tokens)
     out, times = model(input_ids=prompt, use_cache=True), []
     for _ in range(tokens):
         began = time.perf_counter()
         token = out.logits[:, -1:].argmax(-1)
         out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        times.append((time.perf_counter() - began) * 1e3)
+    return times[2:]
+
+
+def _decode_by_steps(decoder: Decoder, prompt: Tensor, tokens: int) -> list[float]:
+    decoder.reset()
+    logits, times = decoder.prefill(prompt[0]), []
+    for _ in range(tokens):
+        began = time.perf_counter()
+        logits = decoder.step(int(logits.argmax()))
         times.append((time.perf_counter() - began) * 1e3)
     return times[2:]
 

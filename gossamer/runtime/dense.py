@@ -54,7 +54,8 @@ def way(op: Product, weights: Weights, layout: Tokens, x: Buffer, y: Buffer, thr
     def run() -> None:
         rows = torch.empty(layout.shape)
         there.run(x.address, rows.data_ptr())
-        back.run(product(rows).data_ptr(), out)
+        done = product(rows)  # named, for it must outlive the call that reads its address
+        back.run(done.data_ptr(), out)
 
     return run
 

@@ -20,6 +20,7 @@ PAGES = (
     "guide/formats.md",
     "guide/kernels.md",
     "guide/pack.md",
+    "guide/runtime.md",
     "guide/save.md",
     "guide/scores.md",
     "guide/shrink-schedules.md",
