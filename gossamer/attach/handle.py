@@ -88,6 +88,11 @@ class Handle:
         """Fraction kept over all layers together."""
         return sum(self._counts().values()) / max(sum(self._meter.sizes.values()), 1)
 
+    @property
+    def held(self) -> bool:
+        """False once the masks were taken away."""
+        return all(parametrize.is_parametrized(t.module(self.model), "weight") for t in self.targets)
+
     def observe(self, *args: object, **kwargs: object) -> None:
         """Run the model once on a batch to count each layer's positions, as `report` needs where it is compiled."""
         self._meter.watch(self.model, self.targets)

@@ -27,12 +27,12 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": BELOW_METHODS | {"deploy"},
 }
 # These stand on top and may import everything.
-TOP = {"report", "cli", "demos", "__init__", "__main__"}
+TOP = {"integrations", "report", "cli", "demos", "__init__", "__main__"}
 
 # Each takes from a tenth of a second to several to import, or is optional.
 HEAVY = {
     "numba", "llvmlite", "transformers", "matplotlib", "jinja2", "onnxruntime", "openvino", "onnx", "sklearn", "scipy",
-    "PIL", "gguf", "tokenizers", "yaml", "triton",
+    "PIL", "gguf", "tokenizers", "yaml", "triton", "lightning",
 }  # fmt: skip
 
 

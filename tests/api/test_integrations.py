@@ -1,0 +1,180 @@
+"""Training loops of other libraries: supports hold, and a run resumed from a checkpoint is the same bit for bit."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import gossamer
+from gossamer.core.errors import TargetError
+from gossamer.integrations import lightning_callback, trainer_callback
+
+OPTIONS = {"density": 0.25, "every": 2}
+METHODS = ("rigl", "set", "gradual_magnitude")
+X = torch.randn(48, 8, generator=torch.Generator().manual_seed(3))
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Dropout(0.1), nn.Linear(32, 4))
+
+
+def zeros(model: nn.Module) -> int:
+    return sum(int((m.weight == 0).sum()) for m in model.modules() if isinstance(m, nn.Linear))
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
+    return all(n == m and torch.equal(x, y) for (n, x), (m, y) in pairs)
+
+
+class Scored(nn.Module):
+    """What the Trainer wants: a loss first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (self.net(x) - x[:, :4]).square().mean()}
+
+
+def trainer(folder, callback, **options):
+    from transformers import Trainer, TrainingArguments
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    asked = {"max_steps": 12, "save_steps": 5, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no", "learning_rate": 0.01}
+    args = TrainingArguments(str(folder), **asked, **quiet, **options)
+    return Trainer(Scored(), args, train_dataset=[{"x": x} for x in X], callbacks=[callback])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_trainer_goes_on_from_its_checkpoint(method, tmp_path):
+    from transformers import TrainerCallback
+
+    callback, counts = trainer_callback(method, **OPTIONS), []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            counts.append(sum(s.count for s in callback.handle.supports().values()))
+
+    whole = trainer(tmp_path, callback)
+    whole.add_callback(Count())
+    whole.train()
+    assert len(counts) == 12 and counts[-1] == 96 and (method == "gradual_magnitude" or set(counts) == {96})
+    assert zeros(whole.model) >= 8 * 32 + 32 * 4 - 96  # links that came in with the last step are 0 as well
+    assert set(whole.model.state_dict()) == set(Scored().state_dict())  # the masks are gone
+    again = trainer(tmp_path, trainer_callback(method, **OPTIONS))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert equal(whole.model, again.model)
+
+
+def test_a_trainer_that_was_stopped_goes_on_in_the_same_process(tmp_path):
+    whole = trainer(tmp_path / "a", trainer_callback("rigl", **OPTIONS))
+    whole.train()
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 7:
+                raise KeyboardInterrupt
+
+    run = trainer(tmp_path / "b", trainer_callback("rigl", **OPTIONS))
+    run.add_callback(stop := Stop())
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    run.remove_callback(stop)
+    run.train(resume_from_checkpoint=True)
+    assert equal(whole.model, run.model)
+
+
+def test_the_trainer_is_not_asked_to_restore_the_callback(tmp_path):
+    with pytest.raises(TargetError, match="restores itself"):
+        trainer(tmp_path, trainer_callback("static"), restore_callback_states_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accelerate_saves_and_restores_a_handle(method, tmp_path):
+    from accelerate import Accelerator
+
+    def begin():
+        accelerator = Accelerator(cpu=True)
+        model = net()
+        model, opt = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+        handle = gossamer.attach(model, method, optimizer=opt, total_steps=12, **OPTIONS)
+        accelerator.register_for_checkpointing(handle)
+        return accelerator, model, opt, handle
+
+    def train(accelerator, model, opt, handle, steps):
+        for step in steps:
+            x = X[4 * step % 48 :][:4]
+            opt.zero_grad()
+            accelerator.backward((model(x) - x[:, :4]).square().mean())
+            opt.step()
+            handle.step()
+
+    whole = begin()
+    train(*whole, range(5))
+    whole[0].save_state(str(tmp_path))
+    train(*whole, range(5, 12))
+    again = begin()
+    again[0].load_state(str(tmp_path))
+    train(*again, range(5, 12))
+    assert equal(whole[1], again[1]) and whole[3].report() == again[3].report()
+
+
+def lightning_run(folder, callback, parts: int = 2):
+    pl = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+    saver = pl.callbacks.ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return pl.Trainer(max_epochs=2, accumulate_grad_batches=parts, callbacks=[callback, saver], **quiet)
+
+
+def lightning_module(optimizers: int = 1):
+    pl = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def training_step(self, batch, index):
+            return (self.net(batch) - batch[:, :4]).square().mean()
+
+        def configure_optimizers(self):
+            made = [torch.optim.AdamW(self.parameters(), lr=0.01) for _ in range(optimizers)]
+            return made[0] if optimizers == 1 else made
+
+    module = Module()
+    module.automatic_optimization = optimizers == 1
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", METHODS)
+def test_lightning_goes_on_from_its_checkpoint(method, tmp_path):
+    loader = torch.utils.data.DataLoader(X, batch_size=4)
+    modules = []
+    for start in (None, tmp_path / "epoch=0.ckpt"):
+        torch.manual_seed(1)
+        module = lightning_module()
+        module.net[2].p = 0.0  # Lightning restores no random state, and no place within an epoch
+        callback = lightning_callback(method, **OPTIONS)
+        lightning_run(tmp_path, callback).fit(module, loader, ckpt_path=start)
+        assert zeros(module) >= 8 * 32 + 32 * 4 - 96 and callback.handle is None
+        modules.append(module)
+    assert equal(*modules)
+    assert set(modules[0].state_dict()) == set(lightning_module().state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_with_two_optimizers_is_refused(tmp_path):
+    module = lightning_module(optimizers=2)
+    run = partial(lightning_run(tmp_path, lightning_callback("static"), parts=1).fit, module)
+    with pytest.raises(TargetError, match="the module has 2"):
+        run(torch.utils.data.DataLoader(X, batch_size=4))
