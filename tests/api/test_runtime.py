@@ -102,7 +102,8 @@ def test_an_encoder_at_open_sizes(encoder, fast_encoder, batch: int, length: int
 @torch.no_grad()
 def test_an_encoder_runs_in_panels(fast_encoder) -> None:
     told = fast_encoder.explain(encoder_call(2, 32))
-    assert told.count("rowgrouped(g=4)") == 4, told
+    # Which form is fastest is measured, and may be another on a busy machine.
+    assert told.count("% zeros") == 4, told
     assert "attention, 4 heads" in told and "torch attention" not in told and told.count("layer norm") == 2, told
 
 
