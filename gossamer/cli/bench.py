@@ -95,7 +95,7 @@ def _compiled(ways: Ways, inputs: Inputs) -> tuple[dict[str, nn.Module], str]:
     if OURS not in ways:
         return dict(ways), ""
     try:
-        return {**ways, OURS: compile(ways[OURS], inputs)}, ""
+        return {**ways, OURS: compile(ways[OURS], inputs, remeasure=True)}, ""
     except GossamerError as error:
         return {name: model for name, model in ways.items() if name != OURS}, str(error)
 

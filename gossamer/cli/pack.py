@@ -32,6 +32,9 @@ def pack(
     min_gain: Annotated[
         float, typer.Option(help="Go sparse only where it is this many times faster than dense.")
     ] = 1.0,
+    remeasure: Annotated[
+        bool, typer.Option("--remeasure", help="Measure also what this machine measured earlier.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Store each layer in the format, and run it on the kernel, that measured fastest on its own shape.
@@ -49,7 +52,15 @@ def pack(
         loaded = models.load(model)
     calls = [models.example(loaded, tokens=n, batch=batch) for n in whole_numbers(tokens, "--tokens")]
     with bar("measuring") as progress:
-        packed = pack_model(loaded.model, calls, threads=threads, min_gain=min_gain, inplace=True, progress=progress)
+        packed = pack_model(
+            loaded.model,
+            calls,
+            threads=threads,
+            min_gain=min_gain,
+            inplace=True,
+            remeasure=remeasure,
+            progress=progress,
+        )
     report = report_of(packed)
     save(packed, out, tokenizer=loaded.tokenizer)
     record = {"out": str(out), "load_lines": load_lines(out, loaded), **report.to_dict()}
@@ -90,6 +101,7 @@ def _table(report: PackReport) -> Table:
     for name in ("shape", "kept", "best dense\nms", "chosen\nms", "gain"):
         drawn.add_column(name, justify="right", no_wrap=True, vertical="bottom")
     drawn.add_column("runs as", no_wrap=True, vertical="bottom")
+    drawn.add_column("measured", no_wrap=True, vertical="bottom")
     groups: dict[tuple[object, ...], list[PackedLayer]] = {}
     for layer in report.layers:
         kind = re.sub(r"(^|\.)\d+(?=\.)", r"\1*", layer.name)
@@ -116,13 +128,18 @@ def _cells(kind: str, layers: Sequence[PackedLayer]) -> tuple[str | Text, ...]:
         *times,
         pace,
         f"{first.format}/{first.backend}",
+        "earlier" if all(n.measured_earlier for n in layers) else "now",
     )
 
 
 def _totals(report: PackReport, out: Path, loaded: Loaded) -> tuple[str, ...]:
     dense = [layer for layer in report.layers if not layer.sparse]
     reasons = dict.fromkeys(layer.reason for layer in dense)
+    earlier = sum(layer.measured_earlier for layer in report.layers)
+    said = f"{earlier} of {len(report.layers)} layers were measured earlier; --remeasure measures anew"
+    remembered = (said,) if earlier else ()
     return (
+        *remembered,
         f"whole model: {report.model_ms_before:.2f} → {report.model_ms_after:.2f} ms ({report.speedup:.2f}×), "
         f"{report.threads} threads, memory {report.bytes_before / 1e6:.1f} → {report.bytes_after / 1e6:.1f} MB, "
         f"{report.bytes_on_disk / 1e6:.1f} MB on disk",

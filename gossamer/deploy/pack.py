@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ..core.errors import BudgetError, DispatchError, TargetError
 from ..nn.linear import PackedLinear
 from .candidates import DENSE, FEWEST_ZEROS, Candidate, automatic, named
+from .earlier import measured_or_recalled
 from .examples import Example, as_list, call, difference, tensors
 from .fuse import FusedActivation, Fusion, find_fusions, put
 from .layers import Layer, find_layers, packed_layers, refuse_masks
-from .measure import Choice, Measured, Product, choose, measure, memory_of
+from .measure import Choice, Measured, Product, choose, memory_of
 from .record import PackedLayer, PackReport
 from .structure import Structure, density_of, detect
 from .tensors import disk_bytes, memory_bytes
@@ -34,13 +35,15 @@ def pack(
     min_gain: float = 1.0,
     fuse: bool = True,
     inplace: bool = False,
+    remeasure: bool = False,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Store each linear layer in the format, and run it on the kernel, that measured fastest on its own shape.
 
     Plan → measure → swap: one pass learns every layer's number of tokens; each candidate is checked against
     F.linear, then timed in turn with the others; layers where dense wins stay dense. Layers of one shape,
-    structure and density (to 1 %) share one measurement.
+    structure and density (to 1 %) share one measurement, and the machine remembers it: packing such layers again
+    measures nothing, and the report says "measured earlier".
 
     Args:
         example: what the model will be called with: a mapping (keywords), a tuple (arguments) or a tensor; a list
@@ -53,6 +56,7 @@ def pack(
         min_gain: sparse only where the best dense time is at least this many times the sparse one.
         fuse: let the products apply the activations that follow them.
         inplace: change the model itself instead of a copy.
+        remeasure: measure also what this machine remembers, as every benchmark must.
         progress: called with (layer, done, total).
 
     Returns:
@@ -78,7 +82,7 @@ def pack(
     began = time.perf_counter()
     model = (model if inplace else copy.deepcopy(model)).eval()
     with torch_threads(threads) as count:
-        packed, report = _Packing(model, examples, candidates, repeats, min_gain, progress).run(fuse)
+        packed, report = _Packing(model, examples, candidates, repeats, min_gain, remeasure, progress).run(fuse)
     report = replace(report, threads=count, seconds=time.perf_counter() - began)
     packed.__dict__["gossamer_report"] = report
     return packed
@@ -119,11 +123,12 @@ class _Packing:
         candidates: Sequence[str] | None,
         repeats: int,
         min_gain: float,
+        remeasure: bool,
         progress: Progress | None,
     ) -> None:
         self.model, self.examples, self.specs = model, examples, candidates
-        self.repeats, self.min_gain, self.progress = repeats, min_gain, progress
-        self.known: dict[_Look, tuple[str, Measured]] = {}
+        self.repeats, self.min_gain, self.remeasure, self.progress = repeats, min_gain, remeasure, progress
+        self.known: dict[_Look, tuple[str, Measured, bool]] = {}
         self.lines: list[PackedLayer] = []
         self.skipped: list[tuple[str, str]] = []
         self.fused: list[tuple[str, str]] = []
@@ -182,7 +187,7 @@ class _Packing:
             self.skipped.append((layer.name, f"{1 - density:.0%} zeros, and only sparse candidates were named"))
             return
         product = Product(w_MK, module.bias, fusion.activation if fusion else "none", layer.tokens)
-        shared, measured = self._measured(layer, product, structures, density, allowed)
+        shared, measured, earlier = self._measured(layer, product, structures, density, allowed)
         words = structures[0].name if structures else f"{1 - density:.0%} zeros"
         try:
             choice = choose(measured, allowed, self.min_gain, words, 1 - density)
@@ -190,7 +195,7 @@ class _Packing:
             raise DispatchError(f"layer {layer.name!r}, {layer.tokens[0]} tokens: {error}") from None
         winner = next(c for c in allowed if str(c) == choice.winner.candidate)
         nbytes = self._swap(layer, winner, fusion, product)
-        self.lines.append(_line(layer, product, density, words, choice, winner, nbytes, shared, measured))
+        self.lines.append(_line(layer, product, density, words, choice, winner, nbytes, shared, measured, earlier))
 
     def _allowed(self, density: float, structures: tuple[Structure, ...], layer: Layer) -> tuple[Candidate, ...]:
         if self.specs is None:
@@ -205,7 +210,7 @@ class _Packing:
         structures: tuple[Structure, ...],
         density: float,
         allowed: tuple[Candidate, ...],
-    ) -> tuple[str | None, Measured]:
+    ) -> tuple[str | None, Measured, bool]:
         look = _Look(
             tuple(product.w_MK.shape),
             str(product.w_MK.dtype),
@@ -217,9 +222,11 @@ class _Packing:
         )
         if look in self.known:
             return self.known[look]
-        measured = measure(product, (*DENSE, *allowed), self.repeats, cold=self.cold)
-        self.known[look] = (layer.name, measured)
-        return None, measured
+        measured, earlier = measured_or_recalled(
+            look, product, (*DENSE, *allowed), self.repeats, cold=self.cold, remeasure=self.remeasure
+        )
+        self.known[look] = (layer.name, measured, earlier)
+        return None, measured, earlier
 
     def _swap(self, layer: Layer, winner: Candidate, fusion: Fusion | None, product: Product) -> int:
         """Put the packed layer in; a plain torch product needs none. Returns its bytes in memory."""
@@ -253,6 +260,7 @@ def _line(
     nbytes: int,
     shared: str | None,
     measured: Measured,
+    earlier: bool,
 ) -> PackedLayer:
     return PackedLayer(
         name=layer.name,
@@ -271,6 +279,7 @@ def _line(
         reason=choice.reason,
         shared_with=shared,
         trials=measured.trials,
+        measured_earlier=earlier,
     )
 
 

@@ -44,6 +44,7 @@ class PackedLayer:
         reason: the choice in words.
         shared_with: the layer of the same shape and structure whose times were taken over, or None.
         trials: every candidate, refused ones with the reason.
+        measured_earlier: the times were remembered from an earlier run on this machine.
     """
 
     name: str
@@ -62,6 +63,7 @@ class PackedLayer:
     reason: str
     shared_with: str | None
     trials: tuple[Trial, ...]
+    measured_earlier: bool = False
 
     @property
     def speedup(self) -> float:
@@ -140,6 +142,7 @@ class PackReport:
                 "torch ms": r.dense_ms,
                 "best dense ms": r.best_dense_ms,
                 "ms": r.ms,
+                "measured": "earlier" if r.measured_earlier else "now",
                 "runs as": f"{r.format}/{r.backend}",
                 "bytes": f"{r.bytes_dense} → {r.bytes_packed}",
                 "reason": r.reason,
@@ -149,6 +152,7 @@ class PackReport:
 
 
 def _layer_from(record: Mapping[str, object]) -> PackedLayer:
-    known = {f.name: record[f.name] for f in fields(PackedLayer)}
+    # Models that were saved before times were remembered do not say so.
+    known = {f.name: record[f.name] for f in fields(PackedLayer) if f.name in record or f.name != "measured_earlier"}
     listed = {k: tuple(record[k]) for k in ("shape", "tokens")}
     return PackedLayer(**{**known, **listed, "trials": tuple(Trial(**t) for t in record["trials"])})

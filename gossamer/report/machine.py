@@ -6,7 +6,8 @@ import os
 import platform
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+
+from ..kernels.cpu.target import cpu_model, cpuinfo
 
 ABSENT = "not installed"
 
@@ -14,7 +15,7 @@ ABSENT = "not installed"
 def hardware() -> dict[str, str]:
     """Processor, cores that this process may use, memory, vector extensions, system."""
     return {
-        "cpu": _cpu(),
+        "cpu": cpu_model(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "memory": _memory(),
         "vectors": ", ".join(_vectors()) or "unknown",
@@ -40,16 +41,6 @@ def _version(name: str) -> str:
         return ABSENT
 
 
-def _cpuinfo(field: str) -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
-
-
-def _cpu() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
 def _memory() -> str:
     try:
         return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
@@ -59,5 +50,5 @@ def _memory() -> str:
 
 def _vectors() -> list[str]:
     telling = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
-    flags = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
+    flags = set((cpuinfo("flags") or cpuinfo("Features")).split())
     return [name for name in telling if name in flags]

@@ -15,6 +15,7 @@ from ..core.errors import GossamerError
 from ..deploy.examples import TOLERANCE, Example, difference, tensors
 from ..deploy.layers import packed_layers
 from ..deploy.unpack import unpack
+from ..kernels.tuning import recall, remember
 from . import planes, tokens
 from .capture import Call, Captured, CaptureError, capture
 from .layouts import Tokens
@@ -29,18 +30,19 @@ MOST_AT_REST, MOST_SHAPES = 4, 32
 SHORT_SECONDS = 5e-3
 
 
-def compile(model: nn.Module, example: Example) -> Compiled:
+def compile(model: nn.Module, example: Example, *, remeasure: bool = False) -> Compiled:
     """Follow a sparse network as a whole and run it as one list of kernel calls.
 
     Between layers activations stay in the layout that the sparse products read; bias, batch norm, activation and
-    residual sums are part of the products; attention, norms and pooling are kernels on the same layout. What has
-    no kernel here is called as torch has it. Each product measures which form of its weight is fastest on the
-    shapes it meets. Sizes that the model leaves open, batch and length, stay open; a plan is made for each set of
-    sizes that comes by.
+    residual sums are part of the products; attention, norms and pooling are kernels on the same layout. What has no
+    kernel here is called as torch has it. Each product measures which form of its weight is fastest on the shapes
+    it meets, and the machine remembers it. Sizes that the model leaves open, batch and length, stay open; a plan is
+    made for each set of sizes that comes by.
 
     Args:
         model: pruned (zeros in its weights) or packed; it is not changed, and later changes to it are not seen.
         example: one call of the model, as for `pack`.
+        remeasure: measure also what this machine remembers, as every benchmark must.
 
     Returns:
         A module to call like the model, for inference on the CPU in float32. `.explain()` shows the plan.
@@ -61,7 +63,7 @@ def compile(model: nn.Module, example: Example) -> Compiled:
     with torch.no_grad():
         want = [t for t in tensors(model(*args, **kwargs))]
     captured = capture(model, call)
-    compiled = Compiled(captured, type(model).__name__)
+    compiled = Compiled(captured, type(model).__name__, remeasure=remeasure)
     got = [t for t in tensors(compiled(*args, **kwargs))]
     off = difference(got, want)
     if off > 10 * TOLERANCE[torch.float32]:
@@ -81,9 +83,9 @@ def _plain(model: nn.Module) -> nn.Module:
 class Compiled(nn.Module):
     """A network followed as a whole; made by `compile`. Calls may come from several threads at once."""
 
-    def __init__(self, captured: Captured, name: str) -> None:
+    def __init__(self, captured: Captured, name: str, *, remeasure: bool = False) -> None:
         super().__init__()
-        self.captured, self.name = captured, name
+        self.captured, self.name, self.remeasure = captured, name, remeasure
         self.passes = simplify(captured.graph, captured.constants)
         self._weights: dict[Product, Weights] = {}
         self._at_rest: dict[tuple, list[Plan]] = {}
@@ -125,10 +127,23 @@ class Compiled(nn.Module):
     def _fastest(self, threads: int, inputs: Sequence[Tensor]) -> Plan:
         """A new plan; where runs are short, on as many threads as make it fastest, for sharing has its price."""
         plan = self._plan(threads, inputs)
-        if threads == 1 or (together := _shortest(plan, inputs)) > SHORT_SECONDS:
+        if threads == 1:
             return plan
-        alone = self._plan(1, inputs)
-        return alone if _shortest(alone, inputs) < together else plan
+        key = self._key(plan, inputs)
+        known = None if self.remeasure else recall("threads", key, _yes_or_no)
+        if known is not None:
+            return self._plan(1, inputs) if known else plan
+        alone = self._plan(1, inputs) if (together := _shortest(plan, inputs)) <= SHORT_SECONDS else None
+        alone_wins = alone is not None and _shortest(alone, inputs) < together
+        remember("threads", key, alone_wins)
+        return alone if alone_wins else plan
+
+    def _key(self, plan: Plan, inputs: Sequence[Tensor]) -> dict[str, object]:
+        """What tells this network at these sizes from others."""
+        weights = sorted((*w.w_MK.shape, round(100 * w.density)) for w in self._weights.values())
+        steps = [(step.name, step.kernel) for step in plan.steps]
+        shapes = [tuple(t.shape) for t in inputs]
+        return {"steps": steps, "weights": weights, "inputs": shapes, "threads": torch.get_num_threads()}
 
     def _plan(self, threads: int, inputs: Sequence[Tensor]) -> Plan:
         c = self.captured
@@ -145,7 +160,7 @@ class Compiled(nn.Module):
     def _product(self, rec: Recorder, node, op: Product) -> Value | None:
         with self._lock:
             if op not in self._weights:
-                self._weights[op] = Weights(op.matrix, op.name)
+                self._weights[op] = Weights(op.matrix, op.name, remeasure=self.remeasure)
         weights = self._weights[op]
         if op.geometry is not None:
             return planes.product(rec, node, op, weights)
@@ -155,6 +170,12 @@ class Compiled(nn.Module):
     def nbytes(self) -> int:
         """Bytes of the weights as laid out."""
         return sum(w.nbytes for w in self._weights.values())
+
+    def _choices(self) -> list[str]:
+        """How the forms of the weights were found, where there was something to choose."""
+        known = list(self._weights.values())
+        now, earlier = sum(w.measured for w in known), sum(w.recalled for w in known)
+        return [f"  forms of weights: {now} measured now, {earlier} measured earlier"] if now + earlier else []
 
     def explain(self, example: Example) -> str:
         """The plan for a call like this one, and where its time goes."""
@@ -166,8 +187,15 @@ class Compiled(nn.Module):
         self._returned(key, plan)
         total = sum(ms for _, ms in timed)
         lines = [f"{self.name}: {len(timed)} steps, {total:.3f} ms, {plan.nbytes / 1e6:.1f} MB of activations"]
+        lines += self._choices()
         lines += [f"  {ms:8.4f} ms {ms / total:6.1%}  {step.name:<48} {step.kernel}" for step, ms in timed]
         return "\n".join(lines)
+
+
+def _yes_or_no(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is neither true nor false")
+    return value
 
 
 def _shortest(plan: Plan, inputs: Sequence[Tensor], runs: int = 10) -> float:

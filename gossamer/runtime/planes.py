@@ -111,7 +111,7 @@ def _convolution(
         launch = laid_out(form)
         return lambda: launch.run(x.address, y.address, bias, *extra)
 
-    form = weights.fastest((layout, op.activation, residual is not None, rec.threads), way)
+    form = weights.fastest((layout, op.geometry, op.activation, residual is not None, rec.threads), way)
     if not isinstance(form, Form):
         return None
     rec.keep.append(form)

@@ -7,6 +7,7 @@ to torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -102,7 +103,7 @@ def panel_product(
 
     others = {}
     if dense.worth_trying(op, weights, layout):
-        others = {dense.NAME: dense.way(op, weights, layout, x, y, rec.threads)}  # type: ignore[arg-type]
+        others = {dense.NAME: partial(dense.way, op, weights, layout, x, y, rec.threads)}  # type: ignore[arg-type]
     size = (layout.panels, layout.width, layout.used, layout.used_last)
     form = weights.fastest((*size, op.activation, residual is not None, rec.threads), way, others)
     if not isinstance(form, Form):

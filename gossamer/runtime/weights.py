@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -17,6 +17,7 @@ from ..deploy.structure import density_of, detect, support_of
 from ..formats import CSR, RowGrouped, format_named
 from ..kernels.cpu.stream import Stream
 from ..kernels.lowering import lower
+from ..kernels.tuning import finite_ms, recall, remember
 
 # Rows of a fully kept weight that share their columns, which is all rows: the widest group.
 FULL = 8
@@ -24,6 +25,7 @@ FULL = 8
 MOSTLY_KEPT = 0.9
 # Rounds of measuring, and about how long a round may take.
 ROUNDS, ROUND_SECONDS = 5, 1e-3
+KIND = "compile"
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,19 @@ class Weights:
     Args:
         w_MK: the weight as a matrix.
         name: of its layer, for errors.
+        remeasure: measure also what this machine measured in an earlier run.
 
     Raises:
         NonFiniteError: the weight holds NaN or infinity.
     """
 
-    def __init__(self, w_MK: Tensor, name: str) -> None:
+    def __init__(self, w_MK: Tensor, name: str, *, remeasure: bool = False) -> None:
         require_finite(w_MK, f"the weight of layer {name!r}")
         self.w_MK, self.density = w_MK.contiguous(), density_of(w_MK)
         self._makers = self._possible()
         self._forms: dict[str, Form] = {}
         self._fastest: dict[object, str] = {}
+        self.remeasure, self.measured, self.recalled = remeasure, 0, 0
         self._lock = threading.RLock()
 
     def _possible(self) -> dict[str, Callable[[], Stream]]:
@@ -93,32 +97,56 @@ class Weights:
         self,
         work: object,
         ways: Callable[[Form], Callable[[], None] | None],
-        others: Mapping[str, Callable[[], None]] = MappingProxyType({}),
+        others: Mapping[str, Callable[[], Callable[[], None]]] = MappingProxyType({}),
     ) -> Form | str | None:
-        """The form that runs this work fastest, or the name of another way that does: measured once, remembered.
+        """The form that runs this work fastest, or the name of another way that does: measured once per machine.
 
         None when no form can run it.
 
         Args:
             work: what the time depends on, such as panels, width and threads.
             ways: makes a function that runs a form on real memory; None where the form cannot serve.
-            others: functions that do the same without any form.
+            others: makers of functions that do the same without any form.
         """
         with self._lock:
             if work not in self._fastest:
-                self._fastest[work] = self._measured(ways, others)
+                self._fastest[work] = self._recalled(work, ways, others) or self._measured(work, ways, others)
             name = self._fastest[work]
             return self.form(name) if name in self._makers else name or None
 
+    def _key(self, work: object, others: Iterable[str]) -> dict[str, object]:
+        ways = [*self._makers, *others]
+        return {"shape": list(self.w_MK.shape), "percent": round(100 * self.density), "ways": ways, "work": repr(work)}
+
+    def _recalled(
+        self, work: object, ways: Callable[[Form], Callable[[], None] | None], others: Iterable[str]
+    ) -> str | None:
+        """What an earlier run chose here; None where it did not, or a form cannot serve after all."""
+        if self.remeasure or len(self._makers) + len(list(others)) < 2:
+            return None
+        key = self._key(work, others)
+        times = recall(KIND, key, lambda value: {n: finite_ms(value[n]) for n in value if n in key["ways"]})
+        name = min(times, key=times.__getitem__) if times else None
+        if name in self._makers and ways(self.form(name)) is None:
+            return None
+        self.recalled += name is not None
+        return name
+
     def _measured(
-        self, ways: Callable[[Form], Callable[[], None] | None], others: Mapping[str, Callable[[], None]]
+        self,
+        work: object,
+        ways: Callable[[Form], Callable[[], None] | None],
+        others: Mapping[str, Callable[[], Callable[[], None]]],
     ) -> str:
         found = {name: ways(self.form(name)) for name in self._makers}
-        able = {name: run for name, run in found.items() if run is not None} | dict(others)
+        able = {name: run for name, run in found.items() if run is not None}
+        able |= {name: make() for name, make in others.items()}
         if len(able) < 2:
             return next(iter(able), "")
         times = _in_turn(able)
         chosen = min(times, key=times.__getitem__)
+        remember(KIND, self._key(work, others), {name: 1e3 * seconds for name, seconds in times.items()})
+        self.measured += 1
         for name in [n for n in self._forms if n != chosen and n not in self._fastest.values()]:
             del self._forms[name]
         return chosen

@@ -9,5 +9,5 @@ def prepare(network, threads):
     import gossamer
 
     torch.set_num_threads(threads)
-    packed = gossamer.pack(network.model, network.example)
+    packed = gossamer.pack(network.model, network.example, remeasure=True)
     return lambda: network.output(packed)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
+from pathlib import Path
 
 _BASELINE = {"spmm", "spmm_columns", "spmm_conv", "spgemm"}
 _EXPANDING = {"bitmask", "bitmask_float32", "bitmask_bfloat16"}
@@ -40,6 +42,19 @@ def cpu_name() -> str:
     from llvmlite import binding
 
     return binding.get_host_cpu_name() or "generic"
+
+
+def cpuinfo(field: str) -> str:
+    """What the system says about the first processor under this name; "" where it says nothing."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
+
+
+@functools.cache
+def cpu_model() -> str:
+    """The processor's name as sold, for example "AMD EPYC"."""
+    return cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 @functools.cache
