@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .masked import Masked
+from .sharded import is_sharded, own, part_of, whole
 from .targets import Target
 
 
@@ -46,10 +47,14 @@ class DenseGradients:
 
     def take(self) -> dict[str, Tensor]:
         """What was caught, by layer, as stored; the mean over ranks where several train together."""
-        if self._caught and torch.distributed.is_available() and torch.distributed.is_initialized():
-            for name in sorted(self._caught):
-                torch.distributed.all_reduce(self._caught[name])
-                self._caught[name] /= torch.distributed.get_world_size()
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        for name in sorted(self._caught):
+            caught = self._caught[name]
+            if is_sharded(caught):  # the mean already
+                self._caught[name] = whole(caught)
+            elif together:
+                torch.distributed.all_reduce(caught)
+                caught /= torch.distributed.get_world_size()
         return self._caught
 
 
@@ -57,9 +62,11 @@ def _catch(caught: dict[str, Tensor], name: str, mask: Masked) -> Callable[[Tens
     def hook(original: Tensor) -> None:
         gradient = original.grad
         assert gradient is not None
-        before = caught.get(name)
-        # On the support `.grad` has added up already; off it, it was cut after the last backward pass.
-        caught[name] = gradient.clone() if before is None else gradient + before.masked_fill(mask.mask, 0)
-        gradient.masked_fill_(~mask.mask, 0)
+        kept, before = part_of(mask.mask, gradient), caught.get(name)
+        caught[name] = gradient.clone()
+        if before is not None:
+            # On the support `.grad` has added up already; off it, it was cut after the last backward pass.
+            own(caught[name]).add_(own(before).masked_fill(kept, 0))
+        own(gradient).masked_fill_(~kept, 0)
 
     return hook

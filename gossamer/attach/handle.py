@@ -20,7 +20,8 @@ from .dense_gradient import DenseGradients
 from .masked import Masked
 from .meter import Meter
 from .report import LayerReport, TrainingReport, dead
-from .targets import Target, sharers
+from .sharded import is_sharded, own, part_of, whole
+from .targets import Target, refuse_foreign, sharers
 
 
 class Handle:
@@ -74,6 +75,16 @@ class Handle:
         self._project()
         self._listen()
 
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Look after this optimizer's slots from now on: where it was built after attaching, as FSDP2 needs.
+
+        Raises:
+            TargetError: it does not train the held weights.
+        """
+        refuse_foreign(optimizer, {t.name: self._original(t) for t in self.targets})
+        self.optimizer = optimizer
+        self._project()
+
     def supports(self) -> dict[str, Support]:
         """The current support of every layer, in the layout its weight is stored in."""
         return {t.name: Support(self._mask(t).mask) for t in self.targets}
@@ -105,7 +116,16 @@ class Handle:
                 module.training = mode
 
     def remove(self) -> nn.Module:
-        """Write the zeros into the weights, take the masks away, and return the model."""
+        """Write the zeros into the weights, take the masks away, and return the model.
+
+        Raises:
+            TargetError: FSDP2 has sharded the weights, and holds on to their names.
+        """
+        if any(is_sharded(self._original(t)) for t in self.targets):
+            raise TargetError(
+                "the masks of sharded weights cannot be taken away; gather the model's full state dict, load it into "
+                "an unsharded model that was attached the same way, and call remove() there"
+            )
         self._gradients.off()
         self._meter.rest()
         for t in self.targets:
@@ -152,7 +172,7 @@ class Handle:
         return target.module(self.model).parametrizations.weight.original
 
     def _view(self, target: Target) -> Tensor:
-        return _turned(self._original(target).detach(), target)
+        return _turned(whole(self._original(target).detach()), target)
 
     def _update_if_due(self) -> None:
         if self._waiting or self.sparsifier.policy.due(self.steps):
@@ -186,6 +206,10 @@ class Handle:
         """Drop and grow. A step whose gradient overflowed (a GradScaler skips it) leaves the move to the next one."""
         policy = self.sparsifier.policy
         assert isinstance(policy, DropGrow)
+        if self.optimizer is None:
+            raise TargetError(
+                "links are due to move, and new ones start with empty momenta; call handle.follow(optimizer)"
+            )
         gradients = self._gradients.take() if policy.grow == "gradient" else {}
         if policy.grow == "gradient" and not gradients:
             raise TargetError(
@@ -232,11 +256,12 @@ class Handle:
             return
         with torch.no_grad():
             for t in self.targets:
-                original, dropped = self._original(t), ~self._mask(t).mask
+                original = self._original(t)
+                dropped = ~part_of(self._mask(t).mask, original)
                 slots = self.optimizer.state.get(original, {}).values() if self.optimizer else ()
                 for slot in (original, *slots):
                     if isinstance(slot, Tensor) and slot.shape == original.shape:
-                        slot.masked_fill_(dropped, 0)
+                        own(slot).masked_fill_(dropped, 0)
 
     def _counts(self) -> dict[str, int]:
         """Kept entries of each layer; counted once per support."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +91,17 @@ def sharers(model: nn.Module, target: Target) -> list[nn.Module]:
     """The target's layer, and every other linear or convolution layer that holds the very same weight."""
     weight = _parameter(target.module(model))
     return [m for _, m in _prunable(model) if _parameter(m) is weight]
+
+
+def refuse_foreign(optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor]) -> None:
+    """Raise if the optimizer does not train these weights: another model's, or built before a copy."""
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    foreign = [n for n, w in weights.items() if w.requires_grad and id(w) not in owned]
+    if foreign:
+        raise TargetError(
+            f"the optimizer does not own the weights of {len(foreign)} of {len(weights)} layers "
+            f"({', '.join(foreign[:3])}); build it from this model's parameters, or skip= these layers"
+        )
 
 
 def _refusal(

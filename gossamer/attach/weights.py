@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -18,8 +19,9 @@ from ..core.shrink import hard
 from ..core.sparsifier import Sparsifier
 from .handle import Handle
 from .masked import Masked
+from .sharded import is_sharded
 from .spread import spread
-from .targets import Target, find
+from .targets import Target, find, refuse_foreign
 
 __all__ = ["Handle", "Masked", "attach", "hold"]
 
@@ -31,7 +33,7 @@ def attach(
     density: float | None = None,
     sparsity: float | None = None,
     allocation: str | Mapping[str, float] | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Literal["later"] | None = None,
     total_steps: int | None = None,
     targets: Iterable[str] = (),
     skip: Iterable[str] = (),
@@ -47,7 +49,8 @@ def attach(
         allocation: how the density is spread over layers: "uniform", "er", "erk", or a density per layer name; the
             method's own unless given. The model's count is exact.
         optimizer: its slots (momenta) are held at zero with the weights. Supports that move need it. Build it before
-            or after: parameters are found by name, and parametrize keeps the same Parameter object.
+            or after: parameters are found by name, and parametrize keeps the same Parameter object. "later" = it will
+            be given to `handle.follow`, for FSDP2, which is applied after attaching and makes new parameters.
         total_steps: length of the run, for methods with a schedule; others have no use for it. Unit: optimizer steps.
         targets: glob patterns of layers, "re:" for regular expressions; empty = all but the output head.
         skip: layers to leave alone.
@@ -68,9 +71,12 @@ def attach(
     sparsifier = replace(sparsifier, regroup=True) if regroup else sparsifier
     _refuse_what_training_lacks(sparsifier, optimizer)
     found = find(model, tuple(targets), tuple(skip)).targets
-    _refuse_foreign(model, found, optimizer)
+    _refuse_sharded(model, found)
+    built = None if optimizer == "later" else optimizer
+    if built is not None:
+        refuse_foreign(built, {t.name: t.module(model).weight for t in found})
     per_layer = spread(model, found, sparsifier, _own_allocation(sparsifier) if allocation is None else allocation)
-    return Handle(model, sparsifier, found, optimizer, per_layer=per_layer)
+    return Handle(model, sparsifier, found, built, per_layer=per_layer)
 
 
 def _density(density: float | None, sparsity: float | None) -> float | None:
@@ -105,7 +111,7 @@ def _own_allocation(sparsifier: Sparsifier) -> str:
     return sparsifier.allocation if free else "uniform"
 
 
-def _refuse_what_training_lacks(sparsifier: Sparsifier, optimizer: torch.optim.Optimizer | None) -> None:
+def _refuse_what_training_lacks(sparsifier: Sparsifier, optimizer: torch.optim.Optimizer | str | None) -> None:
     if sparsifier.shrink is not hard:
         raise TargetError(
             f"attach keeps values hard (kept or zero), but {sparsifier.name!r} asks for {sparsifier.shrink}; "
@@ -121,18 +127,13 @@ def _refuse_what_training_lacks(sparsifier: Sparsifier, optimizer: torch.optim.O
         )
 
 
-def _refuse_foreign(model: nn.Module, targets: Sequence[Target], optimizer: torch.optim.Optimizer | None) -> None:
-    """Raise if the optimizer does not train the layers' weights: another model's, or built before a copy."""
-    if optimizer is None:
-        return
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    weights = {t.name: t.module(model).weight for t in targets}
-    foreign = [n for n, w in weights.items() if w.requires_grad and id(w) not in owned]
-    if foreign:
-        raise TargetError(
-            f"the optimizer does not own the weights of {len(foreign)} of {len(weights)} layers "
-            f"({', '.join(foreign[:3])}); build it from this model's parameters, or skip= these layers"
-        )
+def _refuse_sharded(model: nn.Module, targets: Sequence[Target]) -> None:
+    for t in targets:
+        if is_sharded(t.module(model).weight):
+            raise TargetError(
+                f"layer {t.name!r} is sharded already; attach before fully_shard, with optimizer='later', and call "
+                "handle.follow(optimizer) once the optimizer is built"
+            )
 
 
 def hold(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None, skip: Iterable[str] = ()) -> Handle:

@@ -311,6 +311,17 @@ def test_a_move_without_a_gradient_says_so():
         handle.step()
 
 
+def test_an_optimizer_that_was_to_come_later_is_asked_for_when_links_move():
+    model = net()
+    handle = gossamer.attach(model, "set", density=0.25, total_steps=8, every=2, optimizer="later")
+    handle.step()
+    with pytest.raises(TargetError, match=r"handle\.follow"):
+        handle.step()
+    with pytest.raises(TargetError, match="does not own"):
+        handle.follow(torch.optim.SGD(net().parameters(), lr=0.1))
+    handle.follow(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
 def test_removing_leaves_no_hook_and_no_mask():
     model, _, handle = start("rigl", every=1)
     handle.remove()
