@@ -12,6 +12,8 @@ from gossamer.core.errors import FormatError
 from gossamer.kernels.cpu.arrange import Arranged, arrange
 from gossamer.kernels.cpu.checks import activation_code, need_bias, need_floats
 from gossamer.kernels.cpu.launch import Launch, launch
+from gossamer.kernels.cpu.narrow import Narrow
+from gossamer.kernels.cpu.narrow_panels import multiply, plan_narrow
 from gossamer.kernels.cpu.plan import remember
 from gossamer.kernels.cpu.shares import share_out
 from gossamer.kernels.cpu.stream import Stream
@@ -44,7 +46,7 @@ def resident_kernel(g: int, index_bytes: int):
 
 
 def plan_panels(
-    stream: Stream,
+    stream: Stream | Narrow,
     *,
     panels: int,
     width: int,
@@ -52,10 +54,12 @@ def plan_panels(
     used_last: int | None = None,
     activation: str = "none",
     residual: bool = False,
+    out_dtype: torch.dtype | None = None,
     threads: int,
 ) -> Launch:
     """Lay out y = act(W x + b + residual) on panels x [P, K, W], y and residual [P, M, W].
 
+    The weights' dtype decides: float32 streams read float32 panels, `Narrow` weights bfloat16 ones, without residual.
     The plan runs on the addresses of x, y, bias (0 for none) and, with `residual`, of the residual. All start on
     64-byte boundaries. The residual may be y itself; x may not.
 
@@ -67,20 +71,34 @@ def plan_panels(
         used_last: the same for the last panel; `used` when None.
         activation: "none", "relu", "relu6", "hard_swish", "gelu" (erf), "gelu_tanh" or "silu".
         residual: whether a residual is added before the activation.
+        out_dtype: of y; bfloat16 weights write bfloat16 (the default) or float32, float32 weights float32.
         threads: at most this many; fewer where the work does not pay for them.
 
     Raises:
-        FormatError: width or used do not fit.
+        FormatError: width, used or out_dtype do not fit, or these weights take no residual.
         UnknownName: no such activation.
 
     Example:
         >>> plan = plan_panels(weights, panels=2, width=64, activation="relu", threads=1)
         >>> plan.run(x.data_ptr(), y.data_ptr(), bias.data_ptr())
     """
+    if isinstance(stream, Narrow):
+        _no_residual(residual)
+        return plan_narrow(
+            stream, panels=panels, width=width, used=used, used_last=used_last, activation=activation,
+            out_dtype=out_dtype or torch.bfloat16, threads=threads,
+        )  # fmt: skip
+    if out_dtype not in (None, torch.float32):
+        raise FormatError(f"float32 weights write float32, got out_dtype {out_dtype}; take bfloat16 weights")
     code, used = activation_code(activation), width if used is None else used
     used_last = used if used_last is None else used_last
     _check(panels, width, used, used_last)
     return _lay_out(stream, panels, width, used, used_last, code, residual, threads)
+
+
+def _no_residual(given: bool) -> None:
+    if given:
+        raise FormatError("bfloat16 products add no residual; add it to y, or take float32 weights")
 
 
 def _check(panels: int, width: int, used: int, used_last: int) -> None:
@@ -160,7 +178,7 @@ def _refresh(stream: Stream) -> None:
 
 
 def spmm_panels(
-    stream: Stream,
+    stream: Stream | Narrow,
     x_PKW: Tensor,
     bias_M: Tensor | None = None,
     activation: str = "none",
@@ -171,12 +189,12 @@ def spmm_panels(
     """Multiply panels by sparse weights where they lie: y = act(W x + b + residual).
 
     Args:
-        stream: the weights W [M, K].
-        x_PKW: float32 [P, K, W], contiguous, W a multiple of 16, 64-byte aligned.
+        stream: the weights W [M, K]; their dtype is that of x.
+        x_PKW: float32 [P, K, W], contiguous, W a multiple of 16, 64-byte aligned; or bfloat16, W a multiple of 32.
         bias_M: float32 [M].
         activation: as in `plan_panels`.
         residual_PMW: float32 [P, M, W], added before the activation; may be `out`.
-        out: where to write, [P, M, W]; made when None. It may not overlap x.
+        out: where to write, [P, M, W]; made when None. It may not overlap x. bfloat16 weights write float32, too.
         used: positions of every panel that matter; what lies beyond is left as it was, or padding.
 
     Raises:
@@ -186,6 +204,9 @@ def spmm_panels(
     Example:
         >>> y_PMW = spmm_panels(weights, x_PKW, bias, "relu", used=49)
     """
+    if isinstance(stream, Narrow):
+        _no_residual(residual_PMW is not None)
+        return multiply(stream, x_PKW, bias_M, activation, out, used)
     _check_tensors(stream, x_PKW, bias_M, residual_PMW, out)
     panels, _, width = x_PKW.shape
     out = aligned_panels(panels, stream.rows, width) if out is None else out
