@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -39,7 +40,7 @@ def pack(
 ) -> None:
     """Store each layer in the format, and run it on the kernel, that measured fastest on its own shape.
 
-    Where the dense product wins, the layer stays dense, and the table says so.
+    Where the dense layer wins, it stays dense, and the table says so.
 
     Example: gossamer pack small --out small-packed --tokens 128
     """
@@ -133,8 +134,7 @@ def _cells(kind: str, layers: Sequence[PackedLayer]) -> tuple[str | Text, ...]:
 
 
 def _totals(report: PackReport, out: Path, loaded: Loaded) -> tuple[str, ...]:
-    dense = [layer for layer in report.layers if not layer.sparse]
-    reasons = dict.fromkeys(layer.reason for layer in dense)
+    reasons = Counter(layer.reason.removeprefix("dense: ") for layer in report.layers if not layer.sparse)
     earlier = sum(layer.measured_earlier for layer in report.layers)
     said = f"{earlier} of {len(report.layers)} layers were measured earlier; --remeasure measures anew"
     remembered = (said,) if earlier else ()
@@ -143,7 +143,7 @@ def _totals(report: PackReport, out: Path, loaded: Loaded) -> tuple[str, ...]:
         f"whole model: {report.model_ms_before:.2f} → {report.model_ms_after:.2f} ms ({report.speedup:.2f}×), "
         f"{report.threads} threads, memory {report.bytes_before / 1e6:.1f} → {report.bytes_after / 1e6:.1f} MB, "
         f"{report.bytes_on_disk / 1e6:.1f} MB on disk",
-        *(f"{len(dense)} of {len(report.layers)} layers stay dense: {reason}" for reason in reasons),
+        *(f"{n} of {len(report.layers)} layers stay dense: {reason}" for reason, n in reasons.items()),
         *(f"not packed: {name} ({reason})" for name, reason in report.skipped[:8]),
         f"largest difference of the outputs: {report.difference:.1e} of the largest value",
         "\nLoad it and run it:",

@@ -47,15 +47,20 @@ ONEDNN_DENSE = Candidate("dense", (), "onednn")
 DENSE = (TORCH_DENSE, ONEDNN_DENSE)
 
 
-def automatic(density: float, structures: Sequence[Structure], fewest_tokens: int) -> tuple[Candidate, ...]:
-    """Everything worth measuring: both dense products, and the sparse formats that the zeros fit."""
+def automatic(
+    density: float,
+    structures: Sequence[Structure],
+    fewest_tokens: int,
+    dense: tuple[Candidate, ...] = DENSE,
+) -> tuple[Candidate, ...]:
+    """Everything worth measuring: the dense ways, and the sparse formats that the zeros fit."""
     if 1.0 - density < FEWEST_ZEROS:
-        return DENSE
+        return dense
     sparse = [Candidate(s.format, s.options, "cpu") for s in structures]
     sparse.append(Candidate("csr", (), "cpu"))
     if fewest_tokens <= MOST_DECODE_TOKENS:
         sparse.append(Candidate("tilebitmask", (), "cpu"))
-    return (*DENSE, *sparse)
+    return (*dense, *sparse)
 
 
 def named(specs: Iterable[str], structures: Sequence[Structure]) -> tuple[Candidate, ...]:

@@ -9,7 +9,7 @@ import torch
 
 from ..kernels.tuning import finite_ms, recall, remember
 from .candidates import Candidate
-from .measure import Measured, Product, measure
+from .measure import Measured, Work, measure
 from .record import Trial
 
 KIND = "pack"
@@ -17,7 +17,7 @@ KIND = "pack"
 
 def measured_or_recalled(
     look: object,
-    product: Product,
+    work: Work,
     candidates: Sequence[Candidate],
     repeats: int,
     *,
@@ -28,7 +28,7 @@ def measured_or_recalled(
 
     Args:
         look: what layers that share a measurement have in common.
-        product: as for `measure`.
+        work: as for `measure`.
         candidates: as for `measure`.
         repeats: as for `measure`; times of fewer rounds do not stand in for those of more.
         cold: as for `measure`.
@@ -38,7 +38,7 @@ def measured_or_recalled(
     key = {
         "look": str(look),
         "candidates": names,
-        "device": str(product.w_MK.device),
+        "device": str(work.device),
         "repeats": repeats,
         "cold": cold,
         "threads": torch.get_num_threads(),
@@ -46,7 +46,7 @@ def measured_or_recalled(
     found = None if remeasure else recall(KIND, key, lambda value: _read(value, names))
     if found is not None:
         return found, True
-    measured = measure(product, candidates, repeats, cold=cold)
+    measured = measure(work, candidates, repeats, cold=cold)
     remember(KIND, key, {"trials": [asdict(t) for t in measured.trials], "noise": measured.noise})
     return measured, False
 

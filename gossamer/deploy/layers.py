@@ -1,7 +1,8 @@
-"""Layers: which linear layers of a model can be packed, what they are run on, and why the others cannot."""
+"""Layers: which linear layers and convolutions can be packed, what they are run on, and why the others cannot."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,34 +11,65 @@ import torch
 from torch import Tensor, nn
 
 from ..attach.targets import _is_conv1d
-from ..core.errors import TargetError
+from ..core.errors import FormatError, TargetError
 from ..core.sparsifier import require_finite
+from ..nn.conv import PackedConv2d, Shape
 from ..nn.linear import PackedLinear
+from .candidates import Candidate
+from .convolutions import Convolved, Images, kind_of, pixels
 from .examples import Example, call
+from .measure import Product
+
+CONVOLUTIONS = (nn.Conv2d, nn.Conv1d)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer that the examples reached.
+    """A linear layer or convolution that the examples reached.
 
     Args:
         name: its dotted name.
-        tokens: rows of input, one entry per call.
+        tokens: rows of input, or output pixels of a convolution; one entry per call.
         transposed: the weight is stored [inputs, outputs] (GPT-2's Conv1D).
+        images: what a convolution was called with, one entry per call; empty for a linear layer.
     """
 
     name: str
     tokens: tuple[int, ...]
-    transposed: bool
+    transposed: bool = False
+    images: tuple[Images, ...] = ()
 
     def module(self, model: nn.Module) -> nn.Module:
         """The layer itself."""
         return model.get_submodule(self.name)
 
     def weight(self, model: nn.Module) -> Tensor:
-        """The weight, outputs first."""
+        """The weight as a matrix, outputs first."""
         w = self.module(model).weight.detach()
-        return w.t() if self.transposed else w
+        return w.t() if self.transposed else w.flatten(1)
+
+    def work(self, model: nn.Module, activation: str) -> Product | Convolved:
+        """What it computes, and on what, with an activation after it."""
+        module = self.module(model)
+        if self.images:
+            return Convolved(module, activation, self.images)
+        return Product(self.weight(model), module.bias, activation, self.tokens)
+
+    def packed(self, model: nn.Module, candidate: Candidate, work: Product | Convolved) -> PackedLinear | PackedConv2d:
+        """The layer as a candidate stores it."""
+        if isinstance(work, Convolved):
+            return work.packed(candidate)
+        how = {"backend": candidate.backend, "activation": work.activation, "tokens": work.planned_tokens}
+        return PackedLinear.from_linear(self.module(model), candidate.build, **how)
+
+    @property
+    def dense(self) -> tuple[Candidate, ...]:
+        """The dense ways that there are."""
+        return Convolved.dense if self.images else Product.dense
+
+    def kind(self, model: nn.Module) -> str:
+        """What it is, in words."""
+        return kind_of(self.module(model), self.images) if self.images else "linear"
 
 
 def find_layers(model: nn.Module, examples: Sequence[Example]) -> tuple[tuple[Layer, ...], tuple[tuple[str, str], ...]]:
@@ -50,7 +82,7 @@ def find_layers(model: nn.Module, examples: Sequence[Example]) -> tuple[tuple[La
     able, skipped = {}, []
     shared = _shared(model)
     for name, module in model.named_modules():
-        if not (isinstance(module, nn.Linear) or _is_conv1d(module)):
+        if not (isinstance(module, (nn.Linear, *CONVOLUTIONS)) or _is_conv1d(module)):
             continue
         reason = _refusal(name, module, shared)
         if reason is None:
@@ -59,10 +91,16 @@ def find_layers(model: nn.Module, examples: Sequence[Example]) -> tuple[tuple[La
             skipped.append((name, reason))
     for name, module in able.items():
         _check(name, module)
-    tokens = _observe(model, able, examples)
-    skipped += [(name, "the example never ran it") for name in able if not tokens[name]]
-    layers = [Layer(n, tuple(tokens[n]), _is_conv1d(m)) for n, m in able.items() if tokens[n]]
-    return tuple(layers), tuple(skipped)
+    seen = _observe(model, able, examples)
+    skipped += [(name, "the example never ran it") for name in able if not seen[name]]
+    return tuple(_layer(n, m, tuple(seen[n])) for n, m in able.items() if seen[n]), tuple(skipped)
+
+
+def _layer(name: str, module: nn.Module, seen: tuple[Images, ...]) -> Layer:
+    if isinstance(module, CONVOLUTIONS):
+        return Layer(name, tuple(pixels(module, images.shape) for images in seen), images=seen)
+    rows = tuple(math.prod(images.shape[:-1]) for images in seen)
+    return Layer(name, rows, _is_conv1d(module))
 
 
 def refuse_masks(model: nn.Module) -> None:
@@ -87,8 +125,14 @@ def _shared(model: nn.Module) -> set[int]:
 
 
 def _refusal(name: str, module: nn.Module, shared: set[int]) -> str | None:
-    if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
-        return f"its class is {type(module).__name__}, which may do more than nn.Linear"
+    for plain in (nn.Linear, *CONVOLUTIONS):
+        if isinstance(module, plain) and type(module) is not plain:
+            return f"its class is {type(module).__name__}, which may do more than nn.{plain.__name__}"
+    if isinstance(module, CONVOLUTIONS):
+        try:
+            Shape.of(module)
+        except FormatError as error:
+            return str(error)
     if id(module) in shared:
         return "the same layer stands in several places"
     if id(module.weight) in shared:
@@ -109,13 +153,12 @@ def _check(name: str, module: nn.Module) -> None:
         require_finite(w, f"the weight of layer {name!r}")
 
 
-def _observe(model: nn.Module, layers: dict[str, nn.Module], examples: Sequence[Example]) -> dict[str, list[int]]:
-    tokens: dict[str, list[int]] = defaultdict(list)
+def _observe(model: nn.Module, layers: dict[str, nn.Module], examples: Sequence[Example]) -> dict[str, list[Images]]:
+    seen: dict[str, list[Images]] = defaultdict(list)
 
     def watch(name: str):
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            tokens[name].append(x.numel() // max(x.shape[-1], 1))
+            seen[name].append(Images.of(args[0] if args else next(iter(kwargs.values()))))
 
         return hook
 
@@ -126,9 +169,16 @@ def _observe(model: nn.Module, layers: dict[str, nn.Module], examples: Sequence[
     finally:
         for hook in hooks:
             hook.remove()
-    return tokens
+    return seen
 
 
-def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
-    """Every packed layer by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear | PackedConv2d]:
+    """Every packed layer by name; a convolution counts once, not the matrix inside it as well."""
+    inside = {id(m.linear) for m in model.modules() if isinstance(m, PackedConv2d)}
+    packed = (PackedLinear, PackedConv2d)
+    return {name: m for name, m in model.named_modules() if isinstance(m, packed) and id(m) not in inside}
+
+
+def matrix_of(layer: PackedLinear | PackedConv2d) -> PackedLinear:
+    """The packed matrix of a layer: itself, or that inside a convolution."""
+    return layer.linear if isinstance(layer, PackedConv2d) else layer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..core.errors import DispatchError, FileDamaged, FormatError, TargetError, UnknownName, near
 from ..core.files import digest
 from ..formats import format_from
+from ..nn.conv import PackedConv2d, Shape
 from ..nn.linear import PackedLinear
 from .fuse import FusedActivation, put
 from .measure import reasons_in
@@ -188,8 +190,9 @@ def _fill(model: nn.Module, record: Mapping[str, Any], tensors: dict[str, Tensor
 
 def _swap_layers(model: nn.Module, layers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
     for name, entry in layers.items():
-        here = _submodule(model, name)
-        prefix = f"{name}." if name else ""
+        here, convolution = _submodule(model, name), entry.get("convolution")
+        inner = name if convolution is None else f"{name}.linear".lstrip(".")
+        prefix = f"{inner}." if inner else ""
         names = [k[len(prefix) :] for k in tensors if k.startswith(prefix) and "." not in k[len(prefix) :]]
         bias = tensors.get(prefix + "bias")
         fmt = _format(name, entry["meta"], {k: tensors[prefix + k] for k in names if k != "bias"})
@@ -198,16 +201,39 @@ def _swap_layers(model: nn.Module, layers: Mapping[str, Any], tensors: Mapping[s
                 f"layer {name!r} keeps {fmt.nnz} of {list(fmt.shape)} entries, its record says {entry['kept']} "
                 f"of {entry['shape']}; the file was altered, save the model again"
             )
-        _fits(name, here, fmt.shape)
         packed = PackedLinear(
             fmt, bias, activation=entry["activation"], backend=entry["backend"], tokens=entry["tokens"]
         )
         packed.transposed = entry["transposed"]
+        if convolution is None:
+            _fits(name, here, fmt.shape)
+        else:
+            packed = PackedConv2d(packed, _same_convolution(name, here, convolution, fmt.shape))
         if name:
             put(model, name, packed)
         else:
             model = packed
     return model
+
+
+def _same_convolution(name: str, here: nn.Module, saved: Mapping[str, Any], shape: tuple[int, int]) -> Shape:
+    """What the layer that is replaced is besides its weight; it must be the convolution that was packed."""
+    found = here.shape if isinstance(here, PackedConv2d) else _shape_of(name, here)
+    found = replace(found, channels_last=saved["channels_last"])  # which a skeleton does not know
+    outputs = here.linear.out_features if isinstance(here, PackedConv2d) else here.out_channels
+    if found.record() != dict(saved) or (outputs, found.columns) != shape:
+        raise TargetError(
+            f"layer {name!r} of the model given is a convolution {found.record()} with {outputs} outputs, the saved "
+            f"one is {dict(saved)} with {shape[0]}; pass the model that was saved"
+        )
+    return found
+
+
+def _shape_of(name: str, here: nn.Module) -> Shape:
+    try:
+        return Shape.of(here)
+    except FormatError as error:
+        raise TargetError(f"layer {name!r} is saved as a convolution: {error}; pass the model saved") from error
 
 
 def _fits(name: str, here: nn.Module, shape: tuple[int, int]) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -15,13 +17,52 @@ from torch.nn.functional import linear
 from ..core.errors import DispatchError, FormatError
 from ..kernels.dispatch import Plan, resolve
 from ..kernels.reference import activate
-from .candidates import MOST_DECODE_TOKENS, TORCH_DENSE, Candidate
+from .candidates import DENSE, MOST_DECODE_TOKENS, TORCH_DENSE, Candidate
 from .examples import close, difference
 from .record import Trial
 from .timing import Timing, in_turn, quiet
 
 # Rows of the small product that warms a kernel's code; a multiple of every group and block.
 TWIN_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A candidate prepared for one layer: what runs it, and its bytes in memory."""
+
+    run: Callable[[Tensor], Tensor]
+    nbytes: int
+
+
+class Work(Protocol):
+    """What a layer computes, and what it is called with: linear layers in `Product`, convolutions in `Convolved`."""
+
+    activation: str
+    tokens: tuple[int, ...]
+
+    @property
+    def dense(self) -> tuple[Candidate, ...]:
+        """The dense ways that every sparse one is set against."""
+
+    @property
+    def oracle(self) -> str:
+        """What results are compared with, in words."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    def calls(self) -> list[tuple[Tensor, int]]:
+        """Each distinct input, and how often it comes."""
+
+    def want(self, x: Tensor) -> Tensor:
+        """The result, by torch."""
+
+    def ready(self, candidate: Candidate) -> Ready:
+        """Prepare a candidate. Raises DispatchError or FormatError with the reason where it cannot run the layer."""
+
+    def few(self, x: Tensor) -> Work | None:
+        """The same by a few rows only, where the weights come from memory at each call; else None."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +80,42 @@ class Product:
     bias_M: Tensor | None
     activation: str
     tokens: tuple[int, ...]
+    dense: ClassVar[tuple[Candidate, ...]] = DENSE
+    oracle: ClassVar[str] = "F.linear"
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.w_MK.device
 
     @property
     def planned_tokens(self) -> int | None:
         """What a plan may rely on: the number of rows where all calls agree, else None."""
         return self.tokens[0] if len(set(self.tokens)) == 1 else None
+
+    def calls(self) -> list[tuple[Tensor, int]]:
+        """Each distinct input, and how often it comes."""
+        return [(self._input(t), self.tokens.count(t)) for t in sorted(set(self.tokens))]
+
+    def _input(self, tokens: int) -> Tensor:
+        generator = torch.Generator().manual_seed(tokens)
+        w_MK = self.w_MK
+        return torch.randn(tokens, w_MK.shape[1], generator=generator).to(w_MK.dtype).to(w_MK.device)
+
+    def want(self, x_TK: Tensor) -> Tensor:
+        """The result, by torch."""
+        return activate(linear(x_TK, self.w_MK, self.bias_M), self.activation)
+
+    def ready(self, candidate: Candidate) -> Ready:
+        """Prepare a candidate."""
+        plan = resolve(candidate.build(self.w_MK), tokens=self.planned_tokens, backend=candidate.backend)
+        return Ready(lambda x_TK: plan.run(x_TK, self.bias_M, self.activation), memory_of(plan))
+
+    def few(self, x_TK: Tensor) -> Product | None:
+        """The same product by a few rows only, for decoding."""
+        if x_TK.shape[0] > MOST_DECODE_TOKENS:
+            return None
+        return Product(self.w_MK[:TWIN_ROWS], None, self.activation, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -55,25 +127,26 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(product: Product, candidates: Sequence[Candidate], repeats: int, *, cold: bool = False) -> Measured:
-    """Refuse, check, then time: a candidate whose result is off F.linear's is refused and never timed."""
-    inputs = [_input(product, t) for t in sorted(set(product.tokens))]
-    wanted = [_want(product, x) for x in inputs]
-    plans: dict[Candidate, Plan] = {}
+def measure(work: Work, candidates: Sequence[Candidate], repeats: int, *, cold: bool = False) -> Measured:
+    """Refuse, check, then time: a candidate whose result is off torch's is refused and never timed."""
+    calls = work.calls()
+    wanted = [work.want(x) for x, _ in calls]
+    ready: dict[Candidate, Ready] = {}
     refused: dict[Candidate, str] = {}
     for candidate in dict.fromkeys(candidates):
         try:
-            plan = resolve(candidate.build(product.w_MK), tokens=product.planned_tokens, backend=candidate.backend)
+            able = work.ready(candidate)
         except (DispatchError, FormatError) as error:
             refused[candidate] = reasons_in(error)
             continue
-        reason = _wrong(plan, product, inputs, wanted)
-        if reason is None:
-            plans[candidate] = plan
+        got = [able.run(x) for x, _ in calls]
+        if close(got, wanted):
+            ready[candidate] = able
         else:
-            refused[candidate] = reason
-    timings = _time(plans, product, inputs, repeats, cold)
-    trials = [Trial(str(c), timings[c].ms, memory_of(plan)) for c, plan in plans.items()]
+            off = difference(got, wanted)
+            refused[candidate] = f"its result is off {work.oracle}'s by {off:.2g} of the largest value"
+    timings = _time(ready, work, calls, repeats, cold)
+    trials = [Trial(str(c), timings[c].ms, able.nbytes) for c, able in ready.items()]
     trials += [Trial(str(c), None, None, reason) for c, reason in refused.items()]
     return Measured(tuple(trials), {str(c): t.spread for c, t in timings.items()})
 
@@ -83,49 +156,20 @@ def memory_of(plan: Plan) -> int:
     return plan.call.fmt.nbytes + plan.extra_nbytes
 
 
-def _input(product: Product, tokens: int) -> Tensor:
-    generator = torch.Generator().manual_seed(tokens)
-    w_MK = product.w_MK
-    return torch.randn(tokens, w_MK.shape[1], generator=generator).to(w_MK.dtype).to(w_MK.device)
-
-
-def _want(product: Product, x_TK: Tensor) -> Tensor:
-    return activate(linear(x_TK, product.w_MK, product.bias_M), product.activation)
-
-
-def _wrong(plan: Plan, product: Product, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> str | None:
-    got = [plan.run(x, product.bias_M, product.activation) for x in inputs]
-    if close(got, wanted):
-        return None
-    return f"its result is off F.linear's by {difference(got, wanted):.2g} of the largest value"
-
-
 def _time(
-    plans: dict[Candidate, Plan], product: Product, inputs: Sequence[Tensor], repeats: int, cold: bool
+    ready: dict[Candidate, Ready], work: Work, calls: Sequence[tuple[Tensor, int]], repeats: int, cold: bool
 ) -> dict[Candidate, Timing]:
-    """Times of all calls together: each distinct number of tokens is timed once and counted as often as it comes."""
-    total = dict.fromkeys(plans, Timing(0.0, 0.0))
-    for x in inputs:
-        often = product.tokens.count(x.shape[0])
-        ways = {str(c): _way(plan, product, x) for c, plan in plans.items()}
-        twins = _twins(plans, product, x) if cold and x.shape[0] <= MOST_DECODE_TOKENS else None
+    """Times of all calls together: each distinct input is timed once and counted as often as it comes."""
+    total = dict.fromkeys(ready, Timing(0.0, 0.0))
+    for x, often in calls:
+        ways = {str(c): partial(able.run, x) for c, able in ready.items()}
+        few = work.few(x) if cold else None
+        twins = None if few is None else {str(c): partial(few.ready(c).run, x) for c in ready}
         taken = in_turn(ways, repeats, cold=twins)
-        for c in plans:
+        for c in ready:
             one = quiet(taken[str(c)])
             total[c] = Timing(total[c].ms + often * one.ms, total[c].spread + often * one.spread)
     return total
-
-
-def _twins(plans: dict[Candidate, Plan], product: Product, x_TK: Tensor) -> dict[str, Callable[[], object]]:
-    """The same products by a few rows only."""
-    few = Product(product.w_MK[:TWIN_ROWS], None, product.activation, product.tokens)
-    return {
-        str(c): _way(resolve(c.build(few.w_MK), tokens=few.planned_tokens, backend=c.backend), few, x_TK) for c in plans
-    }
-
-
-def _way(plan: Plan, product: Product, x_TK: Tensor) -> Callable[[], object]:
-    return lambda: plan.run(x_TK, product.bias_M, product.activation)
 
 
 def reasons_in(error: Exception) -> str:

@@ -1,22 +1,22 @@
-"""pack: measure every linear layer on its own shape, and give each the format and kernel that was fastest."""
+"""pack: measure every layer on its own shape, and give each the format and kernel that was fastest."""
 
 from __future__ import annotations
 
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from ..core.errors import BudgetError, DispatchError, TargetError
-from ..nn.linear import PackedLinear
-from .candidates import DENSE, FEWEST_ZEROS, Candidate, automatic, named
+from .candidates import FEWEST_ZEROS, Candidate, automatic, named
 from .earlier import measured_or_recalled
 from .examples import Example, as_list, call, difference, tensors
 from .fuse import FusedActivation, Fusion, find_fusions, put
-from .layers import Layer, find_layers, packed_layers, refuse_masks
-from .measure import Choice, Measured, Product, choose, memory_of
+from .layers import Layer, find_layers, matrix_of, packed_layers, refuse_masks
+from .look import Look
+from .measure import Measured, Work, choose, memory_of
 from .record import PackedLayer, PackReport
 from .structure import Structure, density_of, detect
 from .tensors import disk_bytes, memory_bytes
@@ -38,19 +38,20 @@ def pack(
     remeasure: bool = False,
     progress: Progress | None = None,
 ) -> nn.Module:
-    """Store each linear layer in the format, and run it on the kernel, that measured fastest on its own shape.
+    """Store each layer in the format, and run it on the kernel, that measured fastest on its own shape.
 
-    Plan → measure → swap: one pass learns every layer's number of tokens; each candidate is checked against
-    F.linear, then timed in turn with the others; layers where dense wins stay dense. Layers of one shape,
-    structure and density (to 1 %) share one measurement, and the machine remembers it: packing such layers again
-    measures nothing, and the report says "measured earlier".
+    Layers are `nn.Linear`, transformers' `Conv1D`, `nn.Conv2d` and `nn.Conv1d`. Plan → measure → swap: one pass
+    learns every layer's number of tokens, or the images a convolution sees; each candidate is checked against
+    torch's dense layer, then timed in turn with the others; layers where dense wins stay dense. Layers of one
+    shape, structure and density (to 1 %) share one measurement, and the machine remembers it: packing such layers
+    again measures nothing, and the report says "measured earlier".
 
     Args:
         example: what the model will be called with: a mapping (keywords), a tuple (arguments) or a tensor; a list
             of several, such as [prompt, one token], counts the sum of their times.
         candidates: choose among these only: "csr", "rowgrouped(g=4)/cpu", "dense/onednn"; an error if none of
             them can run a layer. Layers with fewer than 10 % zeros are then left as they are unless a dense
-            candidate is named.
+            candidate is named. Convolutions have one dense way, torch's, whichever is named.
         repeats: rounds of measuring, at least 1.
         threads: threads to measure with; torch's setting when None.
         min_gain: sparse only where the best dense time is at least this many times the sparse one.
@@ -100,19 +101,6 @@ def report_of(model: nn.Module) -> PackReport:
     return report
 
 
-@dataclass(frozen=True)
-class _Look:
-    """A layer as measuring sees it: layers that look alike share their times."""
-
-    shape: tuple[int, int]
-    dtype: str
-    tokens: tuple[int, ...]
-    bias: bool
-    activation: str
-    structures: tuple[Structure, ...]
-    percent: int
-
-
 class _Packing:
     """One call of `pack`."""
 
@@ -128,7 +116,7 @@ class _Packing:
     ) -> None:
         self.model, self.examples, self.specs = model, examples, candidates
         self.repeats, self.min_gain, self.remeasure, self.progress = repeats, min_gain, remeasure, progress
-        self.known: dict[_Look, tuple[str, Measured, bool]] = {}
+        self.known: dict[Look, tuple[str, Measured, bool]] = {}
         self.lines: list[PackedLayer] = []
         self.skipped: list[tuple[str, str]] = []
         self.fused: list[tuple[str, str]] = []
@@ -186,60 +174,74 @@ class _Packing:
         if not allowed:
             self.skipped.append((layer.name, f"{1 - density:.0%} zeros, and only sparse candidates were named"))
             return
-        product = Product(w_MK, module.bias, fusion.activation if fusion else "none", layer.tokens)
-        shared, measured, earlier = self._measured(layer, product, structures, density, allowed)
+        work = layer.work(self.model, fusion.activation if fusion else "none")
+        kind = layer.kind(self.model)
+        look = Look(
+            kind,
+            tuple(w_MK.shape),
+            str(w_MK.dtype),
+            layer.tokens,
+            module.bias is not None,
+            work.activation,
+            structures,
+            round(100 * density),
+        )
+        shared, measured, earlier = self._measured(layer, look, work, allowed)
         words = structures[0].name if structures else f"{1 - density:.0%} zeros"
         try:
             choice = choose(measured, allowed, self.min_gain, words, 1 - density)
         except DispatchError as error:
             raise DispatchError(f"layer {layer.name!r}, {layer.tokens[0]} tokens: {error}") from None
         winner = next(c for c in allowed if str(c) == choice.winner.candidate)
-        nbytes = self._swap(layer, winner, fusion, product)
-        self.lines.append(_line(layer, product, density, words, choice, winner, nbytes, shared, measured, earlier))
+        nbytes = self._swap(layer, winner, fusion, work)
+        line = PackedLayer(
+            name=layer.name,
+            kind=kind,
+            shape=tuple(w_MK.shape),
+            density=density,
+            structure=words,
+            tokens=layer.tokens,
+            activation="none" if winner.backend == "dense" else work.activation,
+            dense_ms=choice.dense_ms,
+            best_dense_ms=choice.best_dense_ms,
+            ms=choice.winner.ms,
+            format=winner.format,
+            backend="torch" if winner.backend == "dense" else winner.backend,
+            bytes_dense=_bytes(w_MK),
+            bytes_packed=nbytes,
+            reason=choice.reason,
+            shared_with=shared,
+            trials=measured.trials,
+            measured_earlier=earlier,
+        )
+        self.lines.append(line)
 
     def _allowed(self, density: float, structures: tuple[Structure, ...], layer: Layer) -> tuple[Candidate, ...]:
+        dense = layer.dense
         if self.specs is None:
-            return automatic(density, structures, min(layer.tokens))
+            return automatic(density, structures, min(layer.tokens), dense)
         chosen = named(self.specs, structures)
-        return tuple(c for c in chosen if c.format == "dense" or 1 - density >= FEWEST_ZEROS)
+        sparse = tuple(c for c in chosen if c.format != "dense" and 1 - density >= FEWEST_ZEROS)
+        if layer.images and any(c.format == "dense" for c in chosen):
+            return (*dense, *sparse)
+        return (*(c for c in chosen if c.format == "dense"), *sparse)
 
     def _measured(
-        self,
-        layer: Layer,
-        product: Product,
-        structures: tuple[Structure, ...],
-        density: float,
-        allowed: tuple[Candidate, ...],
+        self, layer: Layer, look: Look, work: Work, allowed: tuple[Candidate, ...]
     ) -> tuple[str | None, Measured, bool]:
-        look = _Look(
-            tuple(product.w_MK.shape),
-            str(product.w_MK.dtype),
-            layer.tokens,
-            product.bias_M is not None,
-            product.activation,
-            structures,
-            round(100 * density),
-        )
         if look in self.known:
             return self.known[look]
         measured, earlier = measured_or_recalled(
-            look, product, (*DENSE, *allowed), self.repeats, cold=self.cold, remeasure=self.remeasure
+            look, work, (*work.dense, *allowed), self.repeats, cold=self.cold, remeasure=self.remeasure
         )
         self.known[look] = (layer.name, measured, earlier)
         return None, measured, earlier
 
-    def _swap(self, layer: Layer, winner: Candidate, fusion: Fusion | None, product: Product) -> int:
-        """Put the packed layer in; a plain torch product needs none. Returns its bytes in memory."""
+    def _swap(self, layer: Layer, winner: Candidate, fusion: Fusion | None, work: Work) -> int:
+        """Put the packed layer in; a plain torch layer needs none. Returns its bytes in memory."""
         if winner.backend == "dense":
-            return _bytes(product.w_MK)
-        module = layer.module(self.model)
-        packed = PackedLinear.from_linear(
-            module,
-            winner.build,
-            backend=winner.backend,
-            activation=product.activation,
-            tokens=product.planned_tokens,
-        )
+            return _bytes(layer.weight(self.model))
+        packed = layer.packed(self.model, winner, work)
         if fusion is not None:
             put(self.model, fusion.module, FusedActivation(self.model.get_submodule(fusion.module)))
             self.fused.append((fusion.linear, fusion.activation))
@@ -247,40 +249,7 @@ class _Packing:
             put(self.model, layer.name, packed)
         else:
             self.model = packed
-        return memory_of(packed.plan)
-
-
-def _line(
-    layer: Layer,
-    product: Product,
-    density: float,
-    words: str,
-    choice: Choice,
-    winner: Candidate,
-    nbytes: int,
-    shared: str | None,
-    measured: Measured,
-    earlier: bool,
-) -> PackedLayer:
-    return PackedLayer(
-        name=layer.name,
-        shape=tuple(product.w_MK.shape),
-        density=density,
-        structure=words,
-        tokens=layer.tokens,
-        activation="none" if winner.backend == "dense" else product.activation,
-        dense_ms=choice.dense_ms,
-        best_dense_ms=choice.best_dense_ms,
-        ms=choice.winner.ms,
-        format=winner.format,
-        backend="torch" if winner.backend == "dense" else winner.backend,
-        bytes_dense=_bytes(product.w_MK),
-        bytes_packed=nbytes,
-        reason=choice.reason,
-        shared_with=shared,
-        trials=measured.trials,
-        measured_earlier=earlier,
-    )
+        return memory_of(matrix_of(packed).plan)
 
 
 def _bytes(w: Tensor) -> int:
@@ -289,5 +258,5 @@ def _bytes(w: Tensor) -> int:
 
 def _nothing_to_pack(skipped: Sequence[tuple[str, str]]) -> str:
     if not skipped:
-        return "this model has no linear layer; nothing here can be packed"
-    return "no linear layer can be packed: " + "; ".join(f"{n}: {r}" for n, r in skipped[:5])
+        return "this model has no linear layer and no convolution; nothing here can be packed"
+    return "no layer can be packed: " + "; ".join(f"{n}: {r}" for n, r in skipped[:5])

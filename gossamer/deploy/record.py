@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class PackedLayer:
 
     Args:
         name: dotted module name.
-        shape: outputs, inputs.
+        shape: outputs, inputs; of a convolution the inputs of one pixel, C / groups * kernel.
         density: fraction of the weight kept, in [0, 1].
         structure: what regularity the zeros have, in words.
-        tokens: rows of input per call, one entry per call in the examples.
+        tokens: rows of input, or output pixels of a convolution, one entry per call in the examples.
         activation: fused into the chosen product, "none" where there is none.
-        dense_ms: torch's own dense product.
-        best_dense_ms: the faster of torch's and oneDNN's.
+        dense_ms: torch's own dense product or convolution.
+        best_dense_ms: the fastest dense way: of a product torch's or oneDNN's.
         ms: the chosen one.
         format: how the weight is stored now.
         backend: what multiplies it; "torch" where the layer was left as it is.
@@ -45,6 +45,7 @@ class PackedLayer:
         shared_with: the layer of the same shape and structure whose times were taken over, or None.
         trials: every candidate, refused ones with the reason.
         measured_earlier: the times were remembered from an earlier run on this machine.
+        kind: "linear", or a convolution with the images it was measured on, such as "conv 3x3 /2 on 1x32x112x112".
     """
 
     name: str
@@ -64,6 +65,7 @@ class PackedLayer:
     shared_with: str | None
     trials: tuple[Trial, ...]
     measured_earlier: bool = False
+    kind: str = "linear"
 
     @property
     def speedup(self) -> float:
@@ -136,6 +138,7 @@ class PackReport:
         return [
             {
                 "layer": r.name,
+                "kind": r.kind,
                 "shape": f"{r.shape[0]}x{r.shape[1]}",
                 "density": r.density,
                 "tokens": " + ".join(map(str, r.tokens)),
@@ -152,7 +155,7 @@ class PackReport:
 
 
 def _layer_from(record: Mapping[str, object]) -> PackedLayer:
-    # Models that were saved before times were remembered do not say so.
-    known = {f.name: record[f.name] for f in fields(PackedLayer) if f.name in record or f.name != "measured_earlier"}
+    # Models that were saved by earlier versions do not say all of it.
+    known = {f.name: record[f.name] for f in fields(PackedLayer) if f.name in record or f.default is MISSING}
     listed = {k: tuple(record[k]) for k in ("shape", "tokens")}
     return PackedLayer(**{**known, **listed, "trials": tuple(Trial(**t) for t in record["trials"])})

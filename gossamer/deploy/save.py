@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from ..core.errors import GossamerError, TargetError
 from ..core.files import digest, whole_folder
+from ..nn.conv import PackedConv2d
+from ..nn.linear import PackedLinear
 from .fuse import FusedActivation
-from .layers import packed_layers, refuse_masks
+from .layers import matrix_of, packed_layers, refuse_masks
 from .skeleton import describe
 from .tensors import Held, compress, compressible, dtype_name, kept_entries, once, packed_parts, plain
 
@@ -118,9 +120,11 @@ def _compress_into(stored: dict[str, Tensor], name: str, h: Held) -> dict[str, A
     return bitmask.meta()
 
 
-def _layer(layer: Any) -> dict[str, Any]:
+def _layer(packed: PackedLinear | PackedConv2d) -> dict[str, Any]:
+    layer = matrix_of(packed)
     fmt = layer.fmt
     return {
+        "convolution": packed.shape.record() if isinstance(packed, PackedConv2d) else None,
         "meta": fmt.meta(),
         "shape": list(fmt.shape),
         "dtype": dtype_name(fmt.dtype),

@@ -7,13 +7,13 @@ import copy
 from torch import nn
 
 from .fuse import put, undo_fusion
-from .layers import packed_layers
+from .layers import matrix_of, packed_layers
 
 
 def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Turn every packed layer into the dense layer it was, and put fused activations back in their places.
 
-    Weights come back bit for bit, as `nn.Linear` or transformers' `Conv1D`.
+    Weights come back bit for bit, as `nn.Linear`, transformers' `Conv1D`, `nn.Conv2d` or `nn.Conv1d`.
 
     Args:
         inplace: change the model itself instead of a copy.
@@ -24,7 +24,7 @@ def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     model = model if inplace else copy.deepcopy(model)
     for name, layer in packed_layers(model).items():
         # The activation goes back to its own module below, so the layer hands it over first.
-        layer.activation = "none"
+        matrix_of(layer).activation = "none"
         dense = layer.unpack()
         if not name:
             return dense

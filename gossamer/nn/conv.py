@@ -30,6 +30,7 @@ class Shape:
         window: kernel, stride, padding and dilation; of one line for `nn.Conv1d`.
         groups: as in torch.
         padding: as the dense layer was given it.
+        channels_last: the dense weight lies so in memory, and torch then gives its results so, too.
     """
 
     kind: type[Convolution]
@@ -37,11 +38,29 @@ class Shape:
     window: Window
     groups: int
     padding: Any
+    channels_last: bool = False
+
+    @classmethod
+    def of(cls, conv: nn.Module) -> Self:
+        """What a convolution is besides its weight. Raises FormatError for what cannot be packed."""
+        if not isinstance(conv, nn.Conv2d | nn.Conv1d):
+            raise FormatError(f"PackedConv2d packs nn.Conv2d and nn.Conv1d, got {type(conv).__name__}; leave it dense")
+        if conv.padding_mode != "zeros":
+            raise FormatError(f"PackedConv2d pads with zeros, the layer pads with {conv.padding_mode}; leave it dense")
+        kind = nn.Conv2d if isinstance(conv, nn.Conv2d) else nn.Conv1d
+        kernel, stride, dilation = (_pair(sizes, 1) for sizes in (conv.kernel_size, conv.stride, conv.dilation))
+        window = Window(kernel, stride, _padding(conv, kernel, dilation), dilation)
+        return cls(kind, conv.in_channels, window, conv.groups, conv.padding, lies_channels_last(conv.weight))
 
     @property
     def axes(self) -> int:
         """Axes of pixels: 2 or 1."""
         return 2 if self.kind is nn.Conv2d else 1
+
+    @property
+    def columns(self) -> int:
+        """Weights of one output channel."""
+        return self.channels // self.groups * self.window.taps
 
     @property
     def pointwise(self) -> bool:
@@ -53,6 +72,11 @@ class Shape:
         window, axes = self.window, self.axes
         sizes = {"kernel_size": window.kernel, "stride": window.stride, "dilation": window.dilation}
         return {key: value[-axes:] for key, value in sizes.items()} | {"padding": self.padding, "groups": self.groups}
+
+    def record(self) -> dict[str, Any]:
+        """The same as JSON holds it: what a file says of a packed convolution."""
+        sizes = {key: list(v) if isinstance(v, tuple) else v for key, v in self.options().items()}
+        return {"kind": self.kind.__name__, "channels": self.channels, "channels_last": self.channels_last, **sizes}
 
 
 class PackedConv2d(nn.Module):
@@ -75,7 +99,11 @@ class PackedConv2d(nn.Module):
     def __init__(self, linear: PackedLinear, shape: Shape | None = None) -> None:
         super().__init__()
         self.linear = linear
-        self.shape = shape or Shape(nn.Conv2d, linear.in_features, Window((1, 1)), 1, 0)
+        self.shape = shape = shape or Shape(nn.Conv2d, linear.in_features, Window((1, 1)), 1, (0, 0))
+        # Models read these of the layer they were written with.
+        self.in_channels, self.out_channels = shape.channels, linear.out_features
+        for name, value in shape.options().items():
+            setattr(self, name, value)
 
     @classmethod
     def from_conv(
@@ -99,21 +127,33 @@ class PackedConv2d(nn.Module):
         Raises:
             FormatError: another kind of layer, or padding with anything but zeros; leave it dense.
         """
-        shape, weight = _shape_of(conv), conv.weight.flatten(1)
+        shape, weight = Shape.of(conv), conv.weight.flatten(1)
         mask = None if support_mask is None else support_mask.flatten(1)
         linear = PackedLinear.from_linear(weight, fmt, backend=backend, activation=activation, support_mask=mask)
         if conv.bias is not None:
             linear.bias = nn.Parameter(conv.bias.detach().clone(), requires_grad=conv.bias.requires_grad)
         return cls(linear, shape).train(conv.training)
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight [M, C / groups, ...], unpacked afresh at every look."""
+        return self.linear.weight.unflatten(1, (-1, *self.shape.window.kernel[-self.shape.axes :]))
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias [M], or None."""
+        return self.linear.bias
+
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        if self.shape.pointwise:
-            return self._pixels(x)
-        lines = x.unsqueeze(-2) if self.shape.axes == 1 else x
-        y = self._sparse(lines)
-        y = self._dense(lines) if y is None else y
-        return y.squeeze(-2) if self.shape.axes == 1 else y
+        last = lies_channels_last(x)
+        y = self._pixels(x, last) if self.shape.pointwise else self._windows(x)
+        # Torch hands on the layout it was given, and so no layer after this one has to turn it.
+        return _channels_last(y) if y.dim() == 4 and (last or self._turns) else y
+
+    @property
+    def _turns(self) -> bool:
+        return self.shape.channels_last and self.shape.axes == 2
 
     def _check(self, x: Tensor) -> None:
         axes, channels = self.shape.axes, self.shape.channels
@@ -121,30 +161,48 @@ class PackedConv2d(nn.Module):
             want = f"images [N, {channels}, H, W]" if axes == 2 else f"lines [N, {channels}, L]"
             raise FormatError(f"the layer takes {want} or without N, got shape {tuple(x.shape)}")
 
-    def _pixels(self, x: Tensor) -> Tensor:
+    def _pixels(self, x: Tensor, last: bool) -> Tensor:
         """A 1x1 convolution: sparse kernels read images in their own layout, others see pixels as tokens."""
         linear, axes = self.linear, self.shape.axes
         product = None if linear.as_operator(x) else getattr(linear.current_plan().runner, "run_columns", None)
-        if product is None or x.dtype is not torch.float32:
+        if product is None or last or x.dtype is not torch.float32:
             return linear(x.movedim(-axes - 1, -1)).movedim(-1, -axes - 1)
         y = product(x.flatten(-axes).contiguous(), linear.bias, linear.activation)
         return y.view(*x.shape[: -axes - 1], linear.out_features, *x.shape[-axes:])
+
+    def _windows(self, x: Tensor) -> Tensor:
+        lines = x.unsqueeze(-2) if self.shape.axes == 1 else x
+        y = self._sparse(lines)
+        y = self._dense(lines) if y is None else y
+        return y.squeeze(-2) if self.shape.axes == 1 else y
+
+    def refuse(self) -> str | None:
+        """Why plain inference in float32 on the CPU could not run this layer sparse; None when it can."""
+        if self.shape.pointwise:
+            return None
+        plan = self.linear.current_plan()
+        weights, order = getattr(plan.runner, "stream", None), getattr(plan.runner, "order_M", None)
+        if weights is None:
+            return f"{plan.kernel} has no convolution beyond 1x1, only streams of row groups have"
+        if order is not None and self.shape.groups > 1:
+            return "rows in an order of their own do not fall into the groups of a convolution"
+        from gossamer.kernels.cpu.conv import refuse_conv
+
+        return refuse_conv(weights, self.shape.window, self.shape.groups)
 
     def _sparse(self, x: Tensor) -> Tensor | None:
         """The convolution by the sparse kernels; None where they do not serve."""
         linear, shape = self.linear, self.shape
         if linear.as_operator(x) or x.dtype is not torch.float32 or not x.is_cpu or torch.is_autocast_enabled("cpu"):
             return None
-        runner = linear.current_plan().runner
-        order, weights = getattr(runner, "order_M", None), getattr(runner, "stream", None)
-        if weights is None or (order is not None and shape.groups > 1):
+        if self.refuse() is not None:
             return None
-        from gossamer.kernels.cpu.conv import refuse_conv, sparse_conv
+        from gossamer.kernels.cpu.conv import sparse_conv
 
-        if refuse_conv(weights, shape.window, shape.groups) is not None:
-            return None
+        runner = linear.current_plan().runner
+        order = runner.order_M
         bias = linear.bias if linear.bias is None or order is None else linear.bias.index_select(0, order)
-        y = sparse_conv(weights, x.contiguous(), shape.window, bias, linear.activation, groups=shape.groups)
+        y = sparse_conv(runner.stream, x.contiguous(), shape.window, bias, linear.activation, groups=shape.groups)
         return y if order is None else y.index_select(-3, runner.back_M)
 
     def _dense(self, x: Tensor) -> Tensor:
@@ -161,7 +219,8 @@ class PackedConv2d(nn.Module):
         """The dense convolution this was packed from, bit for bit. Raises FormatError when an activation is fused."""
         dense, shape = self.linear.unpack(), self.shape
         conv = shape.kind(shape.channels, dense.out_features, bias=False, device="meta", **shape.options())
-        conv.weight = nn.Parameter(dense.weight.detach().view(conv.weight.shape))
+        weight = dense.weight.detach().view(conv.weight.shape)
+        conv.weight = nn.Parameter(_channels_last(weight) if self._turns else weight)
         conv.bias = dense.bias
         return conv.train(self.training)
 
@@ -170,16 +229,20 @@ class PackedConv2d(nn.Module):
         return f"{self.shape.channels}, {self.linear.out_features}, {named}"
 
 
-def _shape_of(conv: nn.Module) -> Shape:
-    """What a convolution is besides its weight; FormatError for what cannot be packed."""
-    if not isinstance(conv, nn.Conv2d | nn.Conv1d):
-        raise FormatError(f"PackedConv2d packs nn.Conv2d and nn.Conv1d, got {type(conv).__name__}; leave it dense")
-    if conv.padding_mode != "zeros":
-        raise FormatError(f"PackedConv2d pads with zeros, the layer pads with {conv.padding_mode}; leave it dense")
-    kind = nn.Conv2d if isinstance(conv, nn.Conv2d) else nn.Conv1d
-    kernel, stride, dilation = (_pair(sizes, 1) for sizes in (conv.kernel_size, conv.stride, conv.dilation))
-    window = Window(kernel, stride, _padding(conv, kernel, dilation), dilation)
-    return Shape(kind, conv.in_channels, window, conv.groups, conv.padding)
+def lies_channels_last(x: Tensor) -> bool:
+    """Whether torch takes images for channels last: by strides alone, which decide for one pixel or channel, too."""
+    if x.dim() != 4 or not x.numel() or not x.stride(1):
+        return False
+    least = 0
+    for axis in (1, 3, 2):
+        if x.stride(axis) < least:
+            return False
+        least = x.stride(axis) * x.shape[axis]
+    return x.stride(0) >= least and least != x.stride(1)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x if lies_channels_last(x) else x.to(memory_format=torch.channels_last)
 
 
 def _pair(sizes: tuple[int, ...], missing: int) -> tuple[int, int]:
