@@ -53,7 +53,8 @@ def weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 @lru_cache
-def _tensors() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tensors() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images and labels to train on, images and labels to test on."""
     data = fashion_mnist()
     scale = lambda x: (x.float().unsqueeze(1) / 255 - 0.286) / 0.353  # the set's mean and standard deviation
     return scale(data.train.images), data.train.labels, scale(data.test.images), data.test.labels
@@ -69,7 +70,7 @@ def train(width: int, effort: Effort, *, seed: int, sparse: Sparse | None = None
     optimizer = torch.optim.Adam(model.parameters(), effort.rate)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, effort.steps)
     handles = sparse(model, optimizer) if sparse else []
-    x, y, _, _ = _tensors()
+    x, y, _, _ = tensors()
     for _ in range(effort.epochs):
         for part in torch.randperm(effort.images)[: effort.steps // effort.epochs * effort.batch].split(effort.batch):
             optimizer.zero_grad()
@@ -86,6 +87,6 @@ def train(width: int, effort: Effort, *, seed: int, sparse: Sparse | None = None
 @torch.no_grad()
 def accuracy(model: nn.Module) -> float:
     """Share of the 10,000 test images named correctly."""
-    _, _, x, y = _tensors()
+    _, _, x, y = tensors()
     right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(1000), y.split(1000)))
     return right / len(y)

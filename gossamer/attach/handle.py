@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..core.dropgrow import DropGrow
-from ..core.errors import FileDamaged, NonFiniteError, TargetError
+from ..core.errors import FileDamaged, NonFiniteError, TargetError, near
 from ..core.pattern import Pattern
 from ..core.regroup import tied_rows
 from ..core.shrink import hard
@@ -88,6 +88,26 @@ class Handle:
     def supports(self) -> dict[str, Support]:
         """The current support of every layer, in the layout its weight is stored in."""
         return {t.name: Support(self._mask(t).mask) for t in self.targets}
+
+    def take(self, supports: Mapping[str, Support]) -> None:
+        """Keep these supports from now on, in the layout the weights are stored in; layers not named stay as they are.
+
+        Raises:
+            TargetError: a name is not that of a layer held, or a support has another shape than its weight.
+        """
+        held = {t.name: t for t in self.targets}
+        for name, support in supports.items():
+            if name not in held:
+                raise TargetError(f"no layer {name!r} is held here; {near(name, held)}")
+            expected = self._mask(held[name]).mask.shape
+            if support.shape != expected:
+                raise TargetError(
+                    f"the support of layer {name!r} is {tuple(support.shape)}, its weight {tuple(expected)}; "
+                    "give it in the layout the weight is stored in"
+                )
+        for name, support in supports.items():
+            self._take(held[name], support.kept.to(self._mask(held[name]).mask.device))
+        self._project()
 
     def report(self) -> TrainingReport:
         """Kept entries, churn and dead neurons of each layer, and the work done so far."""

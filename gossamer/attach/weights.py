@@ -17,6 +17,7 @@ from ..core.pattern import Pattern
 from ..core.registry import get_method
 from ..core.shrink import hard
 from ..core.sparsifier import Sparsifier
+from ..core.support import Support
 from .handle import Handle
 from .masked import Masked
 from .sharded import is_sharded
@@ -136,14 +137,28 @@ def _refuse_sharded(model: nn.Module, targets: Sequence[Target]) -> None:
             )
 
 
-def hold(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None, skip: Iterable[str] = ()) -> Handle:
-    """Train a pruned model on without filling its zeros: the supports are the weights that are not 0 now.
+def hold(
+    model: nn.Module,
+    *,
+    supports: Mapping[str, Support] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    skip: Iterable[str] = (),
+) -> Handle:
+    """Train a pruned model on without filling its zeros: the supports are the weights that are not 0 now, or are given.
 
-    Layers without zeros are left alone, so that no mask is paid for where nothing is sparse.
+    Without supports, layers that have no zeros are left alone, so that no mask is paid for where nothing is sparse.
+
+    Args:
+        supports: of each layer by name, in the layout its weight is stored in, such as `handle.supports()` gave.
 
     Raises:
-        TargetError: no weight of the model has a zero; prune it first.
+        TargetError: no weight of the model has a zero (prune it first), or a support is not a layer's.
     """
+    if supports is not None:
+        everything = Sparsifier(lambda w, _: w.abs(), Pattern("[...]"), Density(1.0), name="hold")
+        handle = Handle(model, everything, find(model, tuple(supports), tuple(skip)).targets, optimizer)
+        handle.take(supports)
+        return handle
     found = find(model, ("*",), tuple(skip)).targets
     targets = [t for t in found if bool((t.weight(model) == 0).any())]
     if not targets:

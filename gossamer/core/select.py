@@ -44,7 +44,12 @@ def select(
 
 
 def select_across(
-    scores: Mapping[str, Tensor], pattern: str | Pattern, budget: Budget, *, step: int = 0
+    scores: Mapping[str, Tensor],
+    pattern: str | Pattern,
+    budget: Budget,
+    *,
+    within: Mapping[str, Support] | None = None,
+    step: int = 0,
 ) -> dict[str, Support]:
     """One pool that spans several tensors: all their units compete together.
 
@@ -54,14 +59,17 @@ def select_across(
         scores: one tensor per name, each of a shape the pattern names.
         pattern: only its tied axes matter here; repeats and competitors all join the one pool.
         budget: spent once, over everything.
+        within: an earlier support of each tensor; nothing outside it is kept.
         step: where scheduled budgets stand. Unit: optimizer steps.
     """
     pattern = read(pattern)
-    units_by_name = {n: _ranked(s, pattern, None) / pattern.pools(s.shape)[2] for n, s in scores.items()}
+    inside = within or {}
+    units_by_name = {n: _ranked(s, pattern, inside.get(n)) / pattern.pools(s.shape)[2] for n, s in scores.items()}
     pool_C = torch.cat([u.reshape(-1) for u in units_by_name.values()])
     won_C = resolve(budget, step).choose(pool_C[None])[0]
     won = dict(zip(units_by_name, won_C.split([u.numel() for u in units_by_name.values()])))
-    return {n: Support(pattern.merge(won[n].view_as(u), scores[n].shape)) for n, u in units_by_name.items()}
+    chosen = {n: Support(pattern.merge(won[n].view_as(u), scores[n].shape)) for n, u in units_by_name.items()}
+    return {n: s & inside[n] if n in inside else s for n, s in chosen.items()}
 
 
 def _ranked(scores: Tensor, pattern: Pattern, within: Support | None) -> Tensor:

@@ -75,10 +75,18 @@ class Sparsifier:
         chosen = select_regrouped if self.regroup else select
         return chosen(scores, self.pattern, self.budget, within=within, step=step)
 
-    def choose_across(self, scores: Mapping[str, Tensor], *, step: int = 0) -> dict[str, Support]:
-        """The same with one pool over several tensors."""
+    def choose_across(
+        self, scores: Mapping[str, Tensor], *, within: Mapping[str, Support] | None = None, step: int = 0
+    ) -> dict[str, Support]:
+        """The same with one pool over several tensors.
+
+        Raises:
+            PatternError: `within` and regroup, which chooses its own rows.
+        """
         if not self.regroup:
-            return select_across(scores, self.pattern, self.budget, step=step)
+            return select_across(scores, self.pattern, self.budget, within=within, step=step)
+        if within is not None:
+            raise PatternError("regroup chooses which rows share a support; it cannot do so within a given support")
         orders = {n: regroup(s, self.pattern, resolve(self.budget, step)) for n, s in scores.items()}
         won = select_across({n: s[orders[n]] for n, s in scores.items()}, self.pattern, self.budget, step=step)
         return {n: Support(s.kept[orders[n].argsort()]) for n, s in won.items()}
