@@ -1,7 +1,5 @@
 """pack on convolutions: the same results before and after, in any memory layout, saved, unpacked and compiled."""
 
-import time
-
 import pytest
 import torch
 from torch import nn
@@ -118,14 +116,17 @@ def test_the_choice_is_measured_against_torch_on_the_recorded_images():
     assert "conv" in str(report.rows()[0]["kind"])
 
 
-def test_dense_stays_where_it_was_faster(monkeypatch):
+@pytest.mark.parametrize(("dense_ms", "runs_as"), [(1.0, "dense/torch"), (3.0, "csr/cpu")])
+def test_the_faster_way_is_taken(monkeypatch, dense_ms, runs_as):
+    def in_turn(ways, repeats, *, cold=None):
+        return {name: [{"dense/dense": dense_ms, "csr/cpu": 2.0}.get(name, 4.0)] for name in ways}
+
     monkeypatch.setenv("GOSSAMER_TUNING", "0")  # such times are not to be remembered
-    forward = PackedConv2d.forward
-    monkeypatch.setattr(PackedConv2d, "forward", lambda self, x: (time.sleep(0.01), forward(self, x))[1])
+    monkeypatch.setattr("gossamer.deploy.measure.in_turn", in_turn)
     report = report_of(gossamer.pack(pruned(Net), images(), repeats=1))
     convs = [r for r in report.layers if r.kind != "linear"]
-    assert len(convs) == 5 and {f"{r.format}/{r.backend}" for r in convs} == {"dense/torch"}
-    assert all("slower" in r.reason for r in convs)
+    assert len(convs) == 5 and {f"{r.format}/{r.backend}" for r in convs} == {runs_as}
+    assert all(("2.0× slower" if dense_ms == 1.0 else "1.5× faster") in r.reason for r in convs)
 
 
 def test_a_wrong_convolution_is_refused(monkeypatch):
