@@ -55,10 +55,8 @@ class Handle:
             require_finite(t.weight(model), f"the weight of layer {t.name!r}")
             (tied_rows if sparsifier.regroup else Pattern.place)(sparsifier.pattern, t.weight(model).shape)
         for t in self.targets:
-            mask = Masked(torch.ones_like(t.module(model).weight, dtype=torch.bool), sparsifier.shrink)
-            for module in sharers(model, t):  # tied layers share one mask
-                parametrize.register_parametrization(module, "weight", mask)
-        self._gradients = DenseGradients(model, self.targets, self._mask)
+            self._hold(t)
+        self._gradients = self._dense_gradients()
         self._meter = Meter(model, self.targets)
         self._update_if_due()
         self._listen()
@@ -184,6 +182,14 @@ class Handle:
         self._kept = {}
         self._meter.load_state_dict(state)
         self._listen()
+
+    def _hold(self, target: Target) -> None:
+        mask = Masked(torch.ones_like(target.module(self.model).weight, dtype=torch.bool), self.sparsifier.shrink)
+        for module in sharers(self.model, target):  # tied layers share one mask
+            parametrize.register_parametrization(module, "weight", mask)
+
+    def _dense_gradients(self) -> DenseGradients:
+        return DenseGradients(self.model, self.targets, self._mask)
 
     def _mask(self, target: Target) -> Masked:
         return target.module(self.model).parametrizations.weight[0]

@@ -89,8 +89,10 @@ def find(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] =
 
 def sharers(model: nn.Module, target: Target) -> list[nn.Module]:
     """The target's layer, and every other linear or convolution layer that holds the very same weight."""
-    weight = _parameter(target.module(model))
-    return [m for _, m in _prunable(model) if _parameter(m) is weight]
+    layer = target.module(model)
+    if not isinstance(layer, (nn.Linear, *_CONVS)) and not _is_conv1d(layer):  # a layer that stores its kept weights
+        return [layer]
+    return [m for _, m in _prunable(model) if _parameter(m) is _parameter(layer)]
 
 
 def refuse_foreign(optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor]) -> None:

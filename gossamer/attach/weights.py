@@ -12,7 +12,7 @@ from torch import nn
 
 from ..core.budget import Above, Density
 from ..core.dropgrow import DropGrow
-from ..core.errors import BudgetError, TargetError
+from ..core.errors import BudgetError, TargetError, unknown
 from ..core.pattern import Pattern
 from ..core.registry import get_method
 from ..core.shrink import hard
@@ -39,6 +39,7 @@ def attach(
     targets: Iterable[str] = (),
     skip: Iterable[str] = (),
     regroup: bool = False,
+    backend: Literal["masked", "sparse"] = "masked",
     **options: object,
 ) -> Handle:
     """Make a model's weights sparse while it trains: one line here, and `handle.step()` after `optimizer.step()`.
@@ -56,6 +57,8 @@ def attach(
         targets: glob patterns of layers, "re:" for regular expressions; empty = all but the output head.
         skip: layers to leave alone.
         regroup: let patterns that tie rows choose which rows they tie, anew with each support.
+        backend: "masked" = dense weights behind masks; "sparse" = each layer becomes a `nn.SparseLinear` that stores
+            and trains kept weights only, for linear layers with 95 % zeros and more.
 
     Example:
         >>> handle = attach(model, "rigl", density=0.1, optimizer=opt, total_steps=1000)  # doctest: +SKIP
@@ -77,7 +80,20 @@ def attach(
     if built is not None:
         refuse_foreign(built, {t.name: t.module(model).weight for t in found})
     per_layer = spread(model, found, sparsifier, _own_allocation(sparsifier) if allocation is None else allocation)
-    return Handle(model, sparsifier, found, built, per_layer=per_layer)
+    return _handle(backend, model, found, sparsifier, optimizer)(model, sparsifier, found, built, per_layer=per_layer)
+
+
+def _handle(
+    backend: str, model: nn.Module, targets: Sequence[Target], sparsifier: Sparsifier, optimizer: object
+) -> type[Handle]:
+    if backend == "masked":
+        return Handle
+    if backend != "sparse":
+        raise unknown("backend", backend, ("masked", "sparse"))
+    from .sparse import SparseHandle, refuse_what_is_not_linear
+
+    refuse_what_is_not_linear(model, targets, sparsifier, optimizer)
+    return SparseHandle
 
 
 def _density(density: float | None, sparsity: float | None) -> float | None:

@@ -1,0 +1,133 @@
+"""train: a run that is stopped anyhow goes on exactly, and its record tells the truth."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gossamer.core.errors import FileDamaged, GossamerError, NonFiniteError, TargetError, UnknownName
+from gossamer.data.tasks import TASKS, lot, task
+from gossamer.data.tasks.clothes import Net, Transformer
+from gossamer.recipes import train as recipe
+from gossamer.recipes.plan import Plan
+from gossamer.recipes.train import train
+from gossamer.recipes.trained import read_trained
+
+ROOT = Path(__file__).parents[2]
+SHORT = Plan(task="teacher", steps=40, batch=32, rate=3e-3, save_every=7, decay=0.01)
+RIGL = replace(SHORT, method="rigl", density=0.2, options={"every": 4})
+
+
+def stop_at(step: int, how: type[BaseException] = KeyboardInterrupt):
+    def progress(what: str, done: int, total: int) -> None:
+        if done == step:
+            raise how
+
+    return progress
+
+
+@pytest.mark.parametrize("plan", [SHORT, RIGL, replace(RIGL, backend="sparse"), replace(RIGL, optimizer="sgd")])
+@pytest.mark.parametrize("at", [5, 21, 39])
+def test_a_run_that_dies_goes_on_bit_for_bit(plan, at, tmp_path):
+    whole = train(task("teacher"), plan, tmp_path / "whole")
+    with pytest.raises(MemoryError):
+        train(task("teacher"), plan, tmp_path / "cut", progress=stop_at(at, MemoryError))
+    cut = train(task("teacher"), plan, tmp_path / "cut")
+    assert replace(cut, seconds=0, interruptions=0) == replace(whole, seconds=0, interruptions=0)
+    assert cut.interruptions == (at >= 7)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert a.keys() == b.keys() == task("teacher").build().state_dict().keys()
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 41))
+    assert not (tmp_path / "cut" / "checkpoint.pt").exists()
+
+
+def test_the_record_counts_by_hand(tmp_path):
+    run = train(task("teacher"), RIGL, tmp_path)
+    sizes = [32 * 128, 128 * 128, 128 * 8]
+    assert [r.size for r in run.layers] == sizes and sum(r.kept for r in run.layers) == round(0.2 * sum(sizes))
+    assert run.dense_flops == 6 * sum(sizes) * 32 * 40 and 0.19 < run.flops / run.dense_flops < 0.35
+    assert run.parameters == sum(sizes) + 264 and run.nonzeros <= round(0.2 * sum(sizes)) + 264
+    dense = train(task("teacher"), SHORT, tmp_path / "dense")
+    assert dense.flops == dense.dense_flops == run.dense_flops and dense.is_dense and not dense.churned
+    assert read_trained(tmp_path) == run and train(task("teacher"), RIGL, tmp_path) == run
+
+
+def test_ctrl_c_saves_the_step_and_kill_9_loses_no_more_than_a_checkpoint(tmp_path):
+    program = (
+        "import sys; from gossamer.recipes.train import train; from gossamer.recipes.plan import Plan;"
+        "from gossamer.data.tasks import task; import time;"
+        "slow = lambda *a: (print(a[1], flush=True), time.sleep(0.05));"
+        f"train(task('teacher'), Plan(**{{**{RIGL.to_dict()!r}, 'save_every': 10}}), sys.argv[1], progress=slow)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for how, saved in ((signal.SIGINT, 14), (signal.SIGKILL, 10)):
+        folder = tmp_path / str(int(how))
+        child = subprocess.Popen(
+            [sys.executable, "-c", program, str(folder)], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for line in child.stdout:
+            if line.strip() == "13":
+                break
+        child.send_signal(how)
+        child.wait(timeout=20)
+        state = torch.load(folder / "checkpoint.pt", weights_only=True)
+        assert state["step"] in ({13, 14} if how == signal.SIGINT else {saved})
+    whole = train(task("teacher"), replace(RIGL, save_every=10), tmp_path / "whole")
+    for how in (signal.SIGINT, signal.SIGKILL):
+        again = train(task("teacher"), replace(RIGL, save_every=10), tmp_path / str(int(how)))
+        assert again.quality == whole.quality and again.curve == whole.curve and again.interruptions == 1
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    train(task("teacher"), SHORT, tmp_path / "a")
+    with pytest.raises(TargetError, match=r"seed = 0, now it is 1"):
+        train(task("teacher"), replace(SHORT, seed=1), tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "letter.txt").touch()
+    with pytest.raises(TargetError, match="something else"):
+        train(task("teacher"), SHORT, tmp_path / "b")
+    with pytest.raises(NonFiniteError, match="lower rate"):
+        train(task("teacher"), replace(SHORT, rate=1e30, optimizer="sgd"), tmp_path / "c")
+    with pytest.raises(FileDamaged, match="delete it to start"):
+        recipe._save(tmp_path / "d" / "checkpoint.pt", {})
+        recipe._read(Path(__file__))
+    with pytest.raises(FileDamaged, match="gossamer train"):
+        read_trained(tmp_path / "b")
+    with pytest.raises(UnknownName, match="'teacher'"):
+        task("teachr")
+    for bad in ({"steps": 0}, {"rate": 0.0}, {"optimizer": "adm"}, {"density": 0.5}):
+        with pytest.raises(GossamerError):
+            replace(SHORT, **bad)
+
+
+def test_starting_from_a_trained_network_is_recorded_with_its_cost(tmp_path):
+    first = train(task("teacher"), SHORT, tmp_path / "a")
+    second = train(task("teacher"), replace(RIGL, start=str(tmp_path / "a")), tmp_path / "b")
+    assert second.start_flops == first.flops and second.cost == first.flops + second.flops
+    assert second.curve[0][1] != train(task("teacher"), RIGL, tmp_path / "c").curve[0][1]
+
+
+def test_every_sample_comes_once_an_epoch():
+    first = torch.cat([lot(100, step, 10, 3) for step in range(10)])
+    second = torch.cat([lot(100, step, 10, 3) for step in range(10, 20)])
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(100))
+    assert not torch.equal(first, second) and not torch.equal(lot(100, 0, 10, 4), first[:10])
+
+
+def test_the_networks_of_the_tasks_have_the_size_that_they_say():
+    assert set(TASKS) == {"clothes-cnn", "clothes-vit", "teacher"}
+    x = torch.zeros(2, 1, 28, 28)
+    for network, weights in ((Net(16), 106), (Transformer(), 450)):
+        assert network(x).shape == (2, 10)
+        assert round(sum(p.numel() for p in network.parameters() if p.ndim > 1) / 1000) == weights
