@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..core.ranks import mean_over_ranks
 from .masked import Masked
 from .sharded import is_sharded, own, part_of, whole
 from .targets import Target
@@ -47,15 +47,8 @@ class DenseGradients:
 
     def take(self) -> dict[str, Tensor]:
         """What was caught, by layer, as stored; the mean over ranks where several train together."""
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        for name in sorted(self._caught):
-            caught = self._caught[name]
-            if is_sharded(caught):  # the mean already
-                self._caught[name] = whole(caught)
-            elif together:
-                torch.distributed.all_reduce(caught)
-                caught /= torch.distributed.get_world_size()
-        return self._caught
+        sharded = {n: whole(g) for n, g in self._caught.items() if is_sharded(g)}  # the mean already
+        return mean_over_ranks({n: g for n, g in self._caught.items() if n not in sharded}) | sharded
 
 
 def _catch(caught: dict[str, Tensor], name: str, mask: Masked) -> Callable[[Tensor], None]:

@@ -33,6 +33,7 @@ class Handle:
     Args:
         sparsifier: what all layers have in common.
         per_layer: the sparsifier of each layer by name, where their densities differ.
+        start: the first supports, outputs first, where they are chosen already (see `first_supports`).
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Handle:
         optimizer: torch.optim.Optimizer | None,
         *,
         per_layer: Mapping[str, Sparsifier] | None = None,
+        start: Mapping[Target, Support] | None = None,
     ) -> None:
         self.model, self.sparsifier, self.targets, self.optimizer = model, sparsifier, tuple(targets), optimizer
         self.per_layer = dict(per_layer or {t.name: sparsifier for t in self.targets})
@@ -58,7 +60,10 @@ class Handle:
             self._hold(t)
         self._gradients = self._dense_gradients()
         self._meter = Meter(model, self.targets)
-        self._update_if_due()
+        if start is None:
+            self._update_if_due()
+        else:
+            self._change(start)
         self._listen()
 
     def step(self) -> None:
@@ -203,9 +208,12 @@ class Handle:
     def _update_if_due(self) -> None:
         if self._waiting or self.sparsifier.policy.due(self.steps):
             moving = self.steps and isinstance(self.sparsifier.policy, DropGrow)
-            for t, support in (self._move() if moving else self._choose()).items():
-                self._take(t, _turned(support.kept, t))
-            self._project()
+            self._change(self._move() if moving else self._choose())
+
+    def _change(self, supports: Mapping[Target, Support]) -> None:
+        for t, support in supports.items():
+            self._take(t, _turned(support.kept, t))
+        self._project()
 
     def _take(self, target: Target, kept: Tensor) -> None:
         """The layer keeps these entries from now on; what came and went is counted, without waiting for the device."""

@@ -65,6 +65,11 @@ class TrainingReport:
         """Links that came or went since the start, over all layers (sparse architecture divergence)."""
         return sum(r.moved for r in self)
 
+    @property
+    def collapsed(self) -> tuple[str, ...]:
+        """Layers with nothing kept: whatever feeds on them alone sees a constant."""
+        return tuple(r.name for r in self if r.size and not r.kept)
+
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
 
@@ -83,7 +88,8 @@ class TrainingReport:
         ]
         work = self.flops.forward + self.flops.backward
         spent = f"{work:.3g} of {self.flops.dense:.3g} FLOPs dense ({self.flops.share:.1%})"
-        return "\n".join([f"{self.method}, step {self.steps}: density {self.density:.4f}, {spent}", head, *rows])
+        lost = [f"collapsed, nothing kept: {', '.join(self.collapsed)}"] if self.collapsed else []
+        return "\n".join([f"{self.method}, step {self.steps}: density {self.density:.4f}, {spent}", head, *rows, *lost])
 
 
 def dead(kept: Tensor, groups: int) -> tuple[int, int]:

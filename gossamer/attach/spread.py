@@ -6,21 +6,29 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from ..core.allocation import ALLOCATIONS
 from ..core.allocation import allocation as rule
 from ..core.budget import Density
-from ..core.errors import BudgetError, TargetError
-from ..core.schedule import Span, at
+from ..core.errors import BudgetError, TargetError, unknown
+from ..core.registry import get_method, methods
 from ..core.sparsifier import Sparsifier
+from ..score import Trial
+from .start import first_supports
 from .targets import Target
 
 
 def spread(
-    model: nn.Module, targets: Sequence[Target], sparsifier: Sparsifier, allocation: str | Mapping[str, float]
+    model: nn.Module,
+    targets: Sequence[Target],
+    sparsifier: Sparsifier,
+    allocation: str | Mapping[str, float],
+    trial: Trial | None = None,
 ) -> dict[str, Sparsifier]:
     """The sparsifier of every layer, each at its own density.
 
     Args:
-        allocation: "uniform", "er", "erk", or a density per layer name.
+        allocation: "uniform", "er", "erk", a method in which layers compete ("snip"), or a density per layer name.
+        trial: data and loss, for such a method.
 
     Raises:
         BudgetError: the pattern fixes the density, as 2:4 does.
@@ -30,11 +38,7 @@ def spread(
     if allocation == "uniform":
         return {t.name: sparsifier for t in targets}
     refuse_spreading(sparsifier, allocation)
-    if isinstance(allocation, str):
-        shapes = {t.name: tuple(t.weight(model).shape) for t in targets}
-        chosen = rule(allocation)(shapes, final_density(sparsifier))
-    else:
-        chosen = _named(targets, allocation)
+    chosen = _asked(model, targets, sparsifier, allocation, trial)
     return {name: sparsifier.at_density(d) for name, d in chosen.items()}
 
 
@@ -54,10 +58,37 @@ def refuse_spreading(sparsifier: Sparsifier, allocation: str | Mapping[str, floa
         )
 
 
-def final_density(sparsifier: Sparsifier) -> float:
-    """The fraction kept once every schedule has run its course."""
-    d = sparsifier.budget.d  # type: ignore[attr-defined]  # refuse_spreading left only Density
-    return d.end if isinstance(d, Span) else at(d, 0)
+def _asked(
+    model: nn.Module,
+    targets: Sequence[Target],
+    sparsifier: Sparsifier,
+    allocation: str | Mapping[str, float],
+    trial: Trial | None,
+) -> dict[str, float]:
+    if not isinstance(allocation, str):
+        return _named(targets, allocation)
+    density = sparsifier.final_density()
+    if allocation in methods():
+        return ratios(model, targets, allocation, density, trial)
+    if allocation not in ALLOCATIONS:
+        raise unknown("allocation", allocation, [*ALLOCATIONS, "sensitivity", *methods()])
+    shapes = {t.name: tuple(t.weight(model).shape) for t in targets}
+    return rule(allocation)(shapes, density)
+
+
+def ratios(
+    model: nn.Module, targets: Sequence[Target], name: str, density: float, trial: Trial | None
+) -> dict[str, float]:
+    """The densities that a method gives the layers where they compete in one pool; which entries win is forgotten.
+
+    Raises:
+        TargetError: the method has no pool over layers.
+        CalibrationError: it needs data and there are none.
+    """
+    sparsifier = get_method(name)(density=density)
+    if sparsifier.scope != "model":
+        raise TargetError(f"method {name!r} gives each layer the same density, so it is no allocation; use 'uniform'")
+    return {t.name: s.density for t, s in first_supports(model, targets, sparsifier, {}, trial).items()}
 
 
 def _named(targets: Sequence[Target], allocation: Mapping[str, float]) -> dict[str, float]:

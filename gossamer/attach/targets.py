@@ -37,7 +37,11 @@ class Target:
         w = self.module(model).weight
         if not isinstance(w, Tensor):
             raise TargetError(f"layer {self.name!r} holds no weight tensor, got {type(w).__name__}; skip it")
-        return w.t() if self.transposed else w
+        return self.turned(w)
+
+    def turned(self, x: Tensor) -> Tensor:
+        """From the layout of storage to outputs first, or back."""
+        return x.t() if self.transposed else x
 
     def write(self, model: nn.Module, w: Tensor) -> None:
         """Copy new values into the layer, keeping the parameter, its dtype and its memory layout."""

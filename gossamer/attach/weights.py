@@ -14,14 +14,17 @@ from ..core.budget import Above, Density
 from ..core.dropgrow import DropGrow
 from ..core.errors import BudgetError, TargetError, unknown
 from ..core.pattern import Pattern
+from ..core.policy import OneShot
 from ..core.registry import get_method
 from ..core.shrink import hard
 from ..core.sparsifier import Sparsifier
 from ..core.support import Support
+from ..score.trial import Loss, Trial
 from .handle import Handle
 from .masked import Masked
 from .sharded import is_sharded
 from .spread import spread
+from .start import first_supports
 from .targets import Target, find, refuse_foreign
 
 __all__ = ["Handle", "Masked", "attach", "hold"]
@@ -36,6 +39,8 @@ def attach(
     allocation: str | Mapping[str, float] | None = None,
     optimizer: torch.optim.Optimizer | Literal["later"] | None = None,
     total_steps: int | None = None,
+    data: object = None,
+    loss: Loss | None = None,
     targets: Iterable[str] = (),
     skip: Iterable[str] = (),
     regroup: bool = False,
@@ -48,12 +53,16 @@ def attach(
         method: a registered name with its `options`, or a Sparsifier.
         density: fraction kept, above 0 and up to 1; the method's own default unless given.
         sparsity: the same said the other way, 1 − density; give one of the two.
-        allocation: how the density is spread over layers: "uniform", "er", "erk", or a density per layer name; the
-            method's own unless given. The model's count is exact.
+        allocation: how the density is spread over layers: "uniform", "er", "erk", a method in which layers compete
+            ("snip": its densities, not its choice), or a density per layer name; the method's own unless given. The
+            model's count is exact.
         optimizer: its slots (momenta) are held at zero with the weights. Supports that move need it. Build it before
             or after: parameters are found by name, and parametrize keeps the same Parameter object. "later" = it will
             be given to `handle.follow`, for FSDP2, which is applied after attaching and makes new parameters.
         total_steps: length of the run, for methods with a schedule; others have no use for it. Unit: optimizer steps.
+        data: for methods that try the model out first (SNIP, say): a batch (inputs, target), a mapping that the model
+            takes by name, or several such batches; all are used. Others have no use for it.
+        loss: (output, target) → scalar, such as cross_entropy; a mapping is its own target. None: the model returns it.
         targets: glob patterns of layers, "re:" for regular expressions; empty = all but the output head.
         skip: layers to leave alone.
         regroup: let patterns that tie rows choose which rows they tie, anew with each support.
@@ -68,6 +77,7 @@ def attach(
         BudgetError: the density is not above 0 and up to 1, or a schedule does not fit into the run.
         TargetError: a pattern matches nothing, a layer is held already, the optimizer does not own the weights, or the
             method needs what is missing (the length of the run, an optimizer, calibration statistics: use `prune`).
+        CalibrationError: the method needs data and there are none, or the model or the loss fails on them.
         PatternError: a layer's shape is no multiple of the pattern's groups; pad it, or skip= the layer.
     """
     asked = {"density": _density(density, sparsity), "total_steps": total_steps, **options}
@@ -79,8 +89,12 @@ def attach(
     built = None if optimizer == "later" else optimizer
     if built is not None:
         refuse_foreign(built, {t.name: t.module(model).weight for t in found})
-    per_layer = spread(model, found, sparsifier, _own_allocation(sparsifier) if allocation is None else allocation)
-    return _handle(backend, model, found, sparsifier, optimizer)(model, sparsifier, found, built, per_layer=per_layer)
+    chosen = _handle(backend, model, found, sparsifier, optimizer)
+    trial = None if data is None else Trial.of(data, loss)
+    allocation = _own_allocation(sparsifier) if allocation is None else allocation
+    per_layer = spread(model, found, sparsifier, allocation, trial)
+    start = first_supports(model, found, sparsifier, per_layer, trial) if sparsifier.probe else None
+    return chosen(model, sparsifier, found, built, per_layer=per_layer, start=start)
 
 
 def _handle(
@@ -134,7 +148,9 @@ def _refuse_what_training_lacks(sparsifier: Sparsifier, optimizer: torch.optim.O
             f"attach keeps values hard (kept or zero), but {sparsifier.name!r} asks for {sparsifier.shrink}; "
             "parametrize with that rule yourself, or use shrink=hard"
         )
-    if sparsifier.needs or sparsifier.solve:
+    if sparsifier.probe and not isinstance(sparsifier.policy, (OneShot, DropGrow)):
+        raise TargetError(f"method {sparsifier.name!r} tries the model out before training, so it cannot choose later")
+    if (sparsifier.needs and not sparsifier.probe) or sparsifier.solve:
         raise TargetError(
             f"method {sparsifier.name!r} needs calibration data; use gossamer.prune(model, ..., data=...)"
         )

@@ -12,7 +12,7 @@ from .errors import BudgetError, NonFiniteError, PatternError
 from .pattern import Pattern
 from .policy import OneShot, Policy
 from .regroup import regroup, select_regrouped
-from .schedule import Schedule, Span
+from .schedule import Schedule, Span, at
 from .select import select, select_across
 from .shrink import Shrink, hard
 from .support import Support
@@ -21,6 +21,8 @@ Stats = Mapping[str, Tensor]
 Score = Callable[[Tensor, Stats], Tensor]
 ONE_SHOT = OneShot()
 Solver = Callable[[Tensor, Stats, Pattern, Budget], tuple[Tensor, Support]]
+# (model, weights by parameter name, data and loss) → statistics of each of those weights, of its shape.
+Probe = Callable[..., Mapping[str, Stats]]
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,15 @@ class Sparsifier:
         budget: how many win in each pool.
         shrink: what becomes of the values.
         policy: when the support is chosen.
-        needs: statistics of the layer's input to collect first: "input_norm", "gram".
+        needs: statistics to collect first: "input_norm", "gram" of the layer's input, or what `probe` finds.
         scope: "layer" = each weight by itself; "model" = all weights are one pool.
         solve: an alternating solver that replaces score, select and shrink (SparseGPT), or None.
         name: the method's name, for reports.
         regroup: let the pattern choose which rows it ties together, see `gossamer.core.regroup`.
         allocation: how `attach` spreads the density over layers unless told otherwise: "uniform", "er", "erk".
+        probe: finds statistics that need all layers at once, such as the loss's gradient, or None.
+        rounds: n: the first support is chosen n times, each within the one before, at densities d^(1/n), d^(2/n) … d,
+            the probe seeing what is left.
     """
 
     score: Score
@@ -52,6 +57,12 @@ class Sparsifier:
     name: str = ""
     regroup: bool = False
     allocation: str = "uniform"
+    probe: Probe | None = None
+    rounds: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise BudgetError(f"a support is chosen in 1, 2, ... rounds, got rounds={self.rounds}")
 
     def apply(self, w: Tensor, stats: Stats, *, within: Support | None = None, step: int = 0) -> tuple[Tensor, Support]:
         """One weight → its new values and its support.
@@ -111,6 +122,17 @@ class Sparsifier:
         ramp = self.budget.d if isinstance(self.budget, Density) else None
         target = replace(ramp, end=density) if isinstance(ramp, Span) else density
         return replace(self, budget=budget_for(self.pattern, target))
+
+    def final_density(self) -> float:
+        """The fraction kept once every schedule has run its course.
+
+        Raises:
+            BudgetError: the budget is not a density.
+        """
+        if not isinstance(self.budget, Density):
+            raise BudgetError(f"pattern {str(self.pattern)!r} keeps by {self.budget}, which names no density")
+        d = self.budget.d
+        return d.end if isinstance(d, Span) else at(d, 0)
 
 
 def require_finite(w: Tensor, what: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from ..attach.calibrate import Batch
-from ..attach.spread import final_density, refuse_spreading, spread
+from ..attach.spread import refuse_spreading, spread
 from ..attach.targets import Target
 from ..core.errors import CalibrationError
 from ..core.files import whole_file
@@ -48,7 +48,7 @@ def allocate(
     refuse_spreading(sparsifier, allocation)
     if data is None:
         raise CalibrationError("allocation 'sensitivity' measures layers on inputs; pass data= (calibration batches)")
-    density = final_density(sparsifier)
+    density = sparsifier.final_density()
     measure = partial(allocate_by_sensitivity, model, sparsifier, targets, data, density=density, progress=progress)
     chosen = measure() if workdir is None else _kept_aside(Path(workdir) / "allocation.json", measure)
     return {name: sparsifier.at_density(d) for name, d in chosen.items()}

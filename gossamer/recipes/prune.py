@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..attach.calibrate import Arrival, Batch, Collector, stream, without_statistics
 from ..attach.journal import Journal, digest
+from ..attach.start import first_supports
 from ..attach.targets import Found, Target, find
 from ..core.errors import CalibrationError, PatternError, TargetError
 from ..core.pattern import Pattern
@@ -21,6 +22,7 @@ from ..core.registry import get_method
 from ..core.regroup import tied_rows
 from ..core.sparsifier import Sparsifier, require_finite
 from ..score import salt
+from ..score.trial import Loss, Trial, as_batches
 from .allocate import allocate
 
 Progress = Callable[[str, int, int], None]
@@ -78,6 +80,7 @@ def prune(
     pattern: str | None = None,
     regroup: bool = False,
     data: Iterable[Batch] | None = None,
+    loss: Loss | None = None,
     targets: Iterable[str] = (),
     skip: Iterable[str] = (),
     allocation: str | dict[str, float] = "uniform",
@@ -95,7 +98,9 @@ def prune(
         pattern: a name ("2:4", "4-row", "unstructured") or an expression; default: the method's own.
         regroup: let patterns that tie rows ("4-row", "64:2:8") choose which rows they tie, instead of neighbours;
             keeps more of the score at the same density, and packing finds the groups again.
-        data: calibration batches for methods that need them: mappings are passed as keywords.
+        data: calibration batches for methods that need them: mappings are passed as keywords. Methods that go by the
+            loss's gradient take pairs (inputs, target), or mappings.
+        loss: (output, target) → scalar, for those; None: the model returns it.
         targets: glob patterns of layers ("re:" for regular expressions); empty = all but the output head.
         skip: layers to leave alone.
         allocation: how the density is spread over layers: "uniform", "er", "erk", "sensitivity" (measured with
@@ -122,11 +127,9 @@ def prune(
     found = _leave_out(model, find(model, tuple(targets), tuple(skip)), sparsifier)
     _check_fit(model, found, sparsifier)
     if data is not None:
-        data = list(data)
+        data = list(as_batches(data) if sparsifier.probe else data)
     if sparsifier.needs and not data:
-        raise CalibrationError(
-            f"method {sparsifier.name!r} scores weights by their inputs; pass data= (calibration batches)"
-        )
+        raise CalibrationError(f"method {sparsifier.name!r} scores weights by data; pass data= (calibration batches)")
     if offload and workdir is None:
         raise TargetError("offload keeps weights on disk and needs to know where; pass workdir=")
     if offload and any(t.weight(model).device.type != "cpu" for t in found.targets):
@@ -135,7 +138,10 @@ def prune(
     run_of = {"options": {k: repr(v) for k, v in sorted(options.items())}, "data": _data_digest(data)}
     journal = Journal(workdir, _identity(model, found, sparsifier, per_layer) | run_of) if workdir is not None else None
     run = _Run(model, found.targets, per_layer, journal, offload, progress)
-    unreached = run.with_data(data) if sparsifier.needs else run.without_data(sparsifier)
+    if sparsifier.probe:
+        unreached = run.together(sparsifier, Trial.of(data, loss))
+    else:
+        unreached = run.with_data(data) if sparsifier.needs else run.without_data(sparsifier)
     skipped = (*found.skipped, *((n, "no calibration batch reached it; left dense") for n in unreached))
     return PruneReport(sparsifier.name, _words(sparsifier), tuple(run.results), skipped, time.perf_counter() - began)
 
@@ -168,14 +174,14 @@ def _one_shot(sparsifier: Sparsifier) -> Sparsifier:
             f"method {sparsifier.name!r} chooses its support while the model trains; use gossamer.attach(model, ...) "
             "and handle.step()"
         )
-    if sparsifier.scope == "model" and sparsifier.needs:
+    if sparsifier.scope == "model" and sparsifier.needs and not sparsifier.probe:
         raise TargetError("one pool over the whole model needs all statistics at once; use scope='layer'")
     return sparsifier
 
 
 def _leave_out(model: nn.Module, found: Found, sparsifier: Sparsifier) -> Found:
     """Layers whose inputs have no column statistics stay dense where the method needs them, and are listed."""
-    if not sparsifier.needs:
+    if not sparsifier.needs or sparsifier.probe:
         return found
     reasons = {t: without_statistics(t.module(model)) for t in found.targets}
     kept = tuple(t for t, reason in reasons.items() if reason is None)
@@ -266,8 +272,7 @@ class _Run:
 
     def without_data(self, sparsifier: Sparsifier) -> list[str]:
         if sparsifier.scope == "model":
-            self._prune_together(sparsifier)
-            return []
+            return self.together(sparsifier, None)
         for t in self.targets:
             if not self._resume(t):
                 self._prune_one(t, {"salt": salt(t.name)}, time.perf_counter())
@@ -278,15 +283,13 @@ class _Run:
         new, _ = self.per_layer[target.name].apply(w, stats)
         self._finish(target, new, began)
 
-    def _prune_together(self, sparsifier: Sparsifier) -> None:
+    def together(self, sparsifier: Sparsifier, trial: Trial | None) -> list[str]:
+        """All layers at once: they compete with each other, or are scored by what they do together."""
         began = time.perf_counter()
-        weights = {t: t.weight(self.model).detach() for t in self.targets}
-        supports = sparsifier.choose_across(
-            {t: sparsifier.score(w, {"salt": salt(t.name)}) for t, w in weights.items()}
-        )
-        for t, w in weights.items():
-            self._finish(t, sparsifier.shrink(w, supports[t]), began)
+        for t, support in first_supports(self.model, self.targets, sparsifier, self.per_layer, trial).items():
+            self._finish(t, sparsifier.shrink(t.weight(self.model).detach(), support), began)
             began = time.perf_counter()
+        return []
 
     def _finish(self, target: Target, new: Tensor, began: float, resumed: bool = False) -> None:
         """The weight goes into the model; the journal is written first, so what is recorded is what was computed."""

@@ -23,7 +23,7 @@ def same(a: object, b: object) -> bool:
 
 
 def test_the_methods_that_train_are_found():
-    assert {"rigl", "set", "static", "gradual_magnitude", "global_magnitude"} <= set(METHODS)
+    assert {"rigl", "set", "static", "gradual_magnitude", "global_magnitude", "snip"} <= set(METHODS)
     assert not {"wanda", "sparsegpt"} & set(METHODS)
 
 

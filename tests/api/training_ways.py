@@ -31,7 +31,7 @@ def training_methods() -> Iterator[str]:
     """Every registered method that attach takes as it is; calibration and solvers belong to `prune`."""
     for name, method in methods().items():
         sparsifier = method(**options(method))
-        if not sparsifier.needs and not sparsifier.solve:
+        if (sparsifier.probe or not sparsifier.needs) and not sparsifier.solve:
             yield name
 
 
@@ -108,7 +108,8 @@ def begin(method: str, make: Callable[[nn.Module], torch.optim.Optimizer] = _sgd
     """Attach and go."""
     model = net()
     optimizer = make(model)
-    handle = gossamer.attach(model, method, optimizer=optimizer, **options(methods()[method]))
+    shown = {"data": (torch.ones(4, 4, 4, 4), torch.arange(4)), "loss": nn.functional.cross_entropy}
+    handle = gossamer.attach(model, method, optimizer=optimizer, **shown, **options(methods()[method]))
     return Training(model, optimizer, handle, **{"called": model, **how})
 
 

@@ -14,8 +14,7 @@ def static(*, density: float | None = None, pattern: str | Pattern = "unstructur
     """Train a random sparse network: exact counts by lot, densities per layer by ERK, never changed.
 
     Attached to a model the density is spread by `allocation=`: "erk" unless given; "er", "uniform", or a density per
-    layer name. Another method's ratios with a random support (the paper's SNIP ratios, say) are
-    `allocation={name: s.density for name, s in other_handle.supports().items()}`.
+    layer name. The paper's SNIP ratios with a random support are `allocation="snip"` with `data=` and `loss=`.
 
     Args:
         density: fraction kept, 0 to 1; 0.1 unless given or fixed by the pattern.
