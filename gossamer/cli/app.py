@@ -8,16 +8,16 @@ from typing import Annotated
 
 import typer
 
-from . import assets
+from . import assets, doctor
 from .bench import bench
 from .codes import EPILOG, Group
 from .demo import demo
-from .doctor import doctor
 from .methods import methods
 from .pack import pack
 from .prune import prune
 from .report import report
 from .screen import err
+from .train import train
 
 app = typer.Typer(
     name="gossamer",
@@ -29,9 +29,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (demo, prune, pack, bench, report, methods, doctor):
+for command in (demo, prune, pack, train, bench, report, methods):
     app.command(epilog=EPILOG)(command)
 app.add_typer(assets.app, name="assets")
+app.add_typer(doctor.app, name="doctor")
 
 
 def _version(wanted: bool) -> None:

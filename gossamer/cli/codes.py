@@ -67,12 +67,17 @@ class Group(TyperGroup):
 _TITLES = {UNEXPECTED: "unexpected error", YOURS: "cannot do that", ENVIRONMENT: "the environment lacks something"}
 
 
+_NOTHING_KEPT = "Assets that were fetched whole are kept; anything else starts anew."
+_KEPT = {
+    "prune": "Finished layers are kept: run the same command again to go on from there.",
+    "train": "The step is saved: run the same command again to go on from there.",
+}
+
+
 def _say(error: BaseException, command: str) -> None:
     if isinstance(error, KeyboardInterrupt):
         # Whatever else a command was about to write appears whole or not at all.
-        kept = "Finished layers are kept: run the same command again to go on from there."
-        rest = "Assets that were fetched whole are kept; anything else starts anew."
-        err().print(f"Stopped. {kept if command == 'prune' else rest}")
+        err().print(f"Stopped. {_KEPT.get(command, _NOTHING_KEPT)}")
         return
     code, text = code_of(error), str(error) or type(error).__name__
     if os.environ.get("GOSSAMER_TRACEBACK") == "1":

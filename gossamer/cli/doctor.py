@@ -1,4 +1,4 @@
-"""gossamer doctor: what this machine can do, what it cannot and why, and what to do about it."""
+"""gossamer doctor: what this machine can do, what it cannot and why; and whether two runs are compared fairly."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich import box
@@ -48,16 +49,53 @@ class Finding:
     advice: str = ""
 
 
-def doctor(as_json: Json = False) -> None:
+app = typer.Typer(help="Look over this machine, or over two training runs.")
+
+
+@app.callback(invoke_without_command=True)
+def doctor(ctx: typer.Context, as_json: Json = False) -> None:
     """Look over this machine: libraries, threads, processor, kernels, caches, assets, disk.
 
     Ends with exit code 4 if something required is broken.
     """
+    if ctx.invoked_subcommand is not None:
+        return
     findings = list(examine())
     broken = [f for f in findings if f.status == "broken"]
     emit(as_json, {"ok": not broken, "findings": [asdict(f) for f in findings]}, _table(findings), _verdict(findings))
     if broken:
         raise typer.Exit(ENVIRONMENT)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Folder of a finished 'gossamer train', or its run.json.")],
+    second: Annotated[Path, typer.Argument(help="Another.")],
+    as_json: Json = False,
+) -> None:
+    """Are two training runs compared fairly? Nonzeros, FLOPs, cost, tuning, dense baseline, collapse, warm start.
+
+    Example: gossamer doctor compare runs/rigl runs/dense
+    """
+    from ..recipes.trained import read_trained
+    from ..report.fair import fairness
+
+    runs = [read_trained(path) for path in (first, second)]
+    answers = fairness(*runs)
+    unfair = sum(a.verdict == "unfair" for a in answers)
+    drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for column in ("", "question", "answer"):
+        drawn.add_column(column, overflow="fold")
+    for a in answers:
+        drawn.add_row(Text(a.verdict, _COLOUR[a.verdict]), a.question, Text(a.said))
+    record = {"fair": not unfair, "runs": [str(first), str(second)], "answers": [asdict(a) for a in answers]}
+    names = "\n".join(f"{which}: {r.name}, {r.title}" for which, r in zip(("first", "second"), runs))
+    verdict = (
+        f"{unfair} of {len(answers)} questions speak against comparing the two as they are."
+        if unfair
+        else ("Nothing on record speaks against comparing the two.")
+    )
+    emit(as_json, record, names, drawn, verdict)
 
 
 def examine() -> Iterator[Finding]:
@@ -166,7 +204,7 @@ def _optional() -> Iterator[Finding]:
         yield Finding(name, "note" if got == ABSENT else "ok", got, advice)
 
 
-_COLOUR = {"ok": "green", "note": "yellow", "broken": "red"}
+_COLOUR = {"ok": "green", "note": "yellow", "broken": "red", "fair": "green", "unknown": "yellow", "unfair": "red"}
 
 
 def _table(findings: list[Finding]) -> Table:

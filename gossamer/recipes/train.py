@@ -48,10 +48,12 @@ def train(task: Task, plan: Plan, folder: str | Path, *, progress: Progress | No
         FileDamaged: a checkpoint cannot be read.
     """
     folder = Path(folder)
-    claim(folder, plan)
+    _refuse_other(folder, plan)
     if (folder / RUN).exists():
         return read_trained(folder)
     run = _Training(task, plan)
+    with whole_file(folder / PLAN) as draft:  # written now: a plan that cannot begin leaves nothing in the way
+        draft.write_text(json.dumps(plan.to_dict(), indent=1))
     if (folder / CHECKPOINT).exists():
         run.load(_read(folder / CHECKPOINT))
         run.interruptions += 1
@@ -67,14 +69,12 @@ def train(task: Task, plan: Plan, folder: str | Path, *, progress: Progress | No
     return _finish(run, folder)
 
 
-def claim(folder: Path, plan: Plan) -> None:
+def _refuse_other(folder: Path, plan: Plan) -> None:
     """A folder belongs to one plan."""
     asked, file = json.loads(json.dumps(plan.to_dict())), folder / PLAN
     if not file.exists():
         if folder.is_dir() and any(folder.iterdir()):
             raise TargetError(f"{folder} holds files of something else; choose another folder")
-        with whole_file(file) as draft:
-            draft.write_text(json.dumps(asked, indent=1))
         return
     try:
         held = json.loads(file.read_bytes())
@@ -98,9 +98,9 @@ class _Training:
         self.start_flops = _start(self.model, plan)
         self.optimizer = _optimizer(self.model, plan)
         every = find(self.model, ("*",)).targets
-        self.handle = _attach(self.model, self.optimizer, plan)
+        self.outputs = {t.name: t.weight(self.model).shape[0] for t in every}
+        self.handle = _attach(self.model, self.optimizer, task, plan)
         held = {t.name for t in self.handle.targets} if self.handle else set()
-        self.order = [t.name for t in every]
         self.free = [t for t in every if t.name not in held]
         self.meter = Meter(self.model, self.free)
         self.rate = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, plan.steps)
@@ -111,9 +111,9 @@ class _Training:
     def advance(self) -> None:
         """One optimizer step."""
         began = time.perf_counter()
-        batch = self.task.batch(self.step, self.plan.batch, self.plan.seed)
+        inputs, targets = self.task.batch(self.step, self.plan.batch, self.plan.seed)
         self.optimizer.zero_grad()
-        loss = self.task.loss(self.model.train(), batch)
+        loss = self.task.loss(self.model.train()(inputs), targets)
         loss.backward()
         self.optimizer.step()
         self.rate.step()
@@ -155,8 +155,12 @@ class _Training:
     def close(self) -> TrainedRun:
         """Take the masks away, and tell of the run."""
         report = self.handle.report() if self.handle else None
-        kept = {r.name: TrainedLayer(r.name, r.kept, r.size, r.dead_outputs, r.dead_inputs) for r in report or ()}
-        free = {t.name: TrainedLayer(t.name, *2 * (self.meter.sizes[t.name],)) for t in self.free}
+        size, outputs = self.meter.sizes, self.outputs
+        free = {t.name: TrainedLayer(t.name, size[t.name], size[t.name], outputs[t.name]) for t in self.free}
+        kept = {
+            r.name: TrainedLayer(r.name, r.kept, r.size, outputs[r.name], r.dead_outputs, r.dead_inputs)
+            for r in report or ()
+        }
         spent = [self.meter.flops(), *([report.flops] if report else [])]
         if self.handle is not None:
             self.handle.remove()
@@ -169,7 +173,7 @@ class _Training:
             higher_is_better=self.task.higher_is_better,
             nonzeros=sum(int(p.count_nonzero()) for p in parameters),
             parameters=sum(p.numel() for p in parameters),
-            layers=tuple({**kept, **free}[name] for name in self.order),
+            layers=tuple({**kept, **free}[name] for name in self.outputs),
             flops=sum(f.forward + f.backward for f in spent),
             dense_flops=sum(f.dense for f in spent),
             start_flops=self.start_flops,
@@ -201,11 +205,13 @@ def _optimizer(model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), plan.rate, weight_decay=plan.decay)
 
 
-def _attach(model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan) -> Handle | None:
+def _attach(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, plan: Plan) -> Handle | None:
     if plan.method == "dense":
         return None
     where = {"targets": plan.targets, "skip": plan.skip, "allocation": plan.allocation, "backend": plan.backend}
-    asked = {"density": plan.density, "total_steps": plan.steps, **where, **plan.options}
+    # For methods that try the model out first; a run that goes on tries it out in the same way.
+    trial = {"data": task.batch(0, plan.batch, plan.seed), "loss": task.loss}
+    asked = {"density": plan.density, "total_steps": plan.steps, **trial, **where, **plan.options}
     return attach(model, plan.method, optimizer=optimizer, **asked)  # type: ignore[arg-type]
 
 

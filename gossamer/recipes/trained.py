@@ -15,11 +15,12 @@ SCHEMA = "gossamer-training-1"
 
 @dataclass(frozen=True)
 class TrainedLayer:
-    """One linear or convolution layer at the end of the run."""
+    """One linear or convolution layer at the end of the run: links kept of its size, and its outputs and dead ends."""
 
     name: str
     kept: int
     size: int
+    outputs: int
     dead_outputs: int = 0
     dead_inputs: int = 0
 

@@ -15,7 +15,7 @@ from gossamer.cli import codes
 from gossamer.cli import doctor as doctor_module
 from gossamer.core.errors import AssetError, FileDamaged, MissingDependency, PatternError
 
-COMMANDS = ("demo", "prune", "pack", "bench", "report", "methods", "assets", "doctor")
+COMMANDS = ("demo", "prune", "pack", "train", "bench", "report", "methods", "assets", "doctor")
 ROOT = Path(__file__).parents[2]
 
 

@@ -21,7 +21,7 @@ class Task:
         title: for readers.
         build: a new network, drawn from torch's generator.
         batch: (step, size, seed) → inputs and targets: nothing else decides them, so a resumed run sees the same.
-        loss: (network, batch) → scalar.
+        loss: (outputs, targets) → scalar.
         measure: network → figures on data that it was not trained on, as fractions or plain numbers.
         quality: the figure that counts.
         higher_is_better: False for errors and perplexity.
@@ -32,7 +32,7 @@ class Task:
     title: str
     build: Callable[[], nn.Module]
     batch: Callable[[int, int, int], Batch]
-    loss: Callable[[nn.Module, Batch], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
     measure: Callable[[nn.Module], dict[str, float]]
     quality: str
     higher_is_better: bool

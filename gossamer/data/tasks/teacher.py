@@ -23,7 +23,7 @@ def teacher() -> Task:
         title="A random network's answers, two hidden layers of 128",
         build=_build,
         batch=lambda step, size, seed: _part(lot(TRAIN, step, size, seed)),
-        loss=lambda model, batch: functional.cross_entropy(model(batch[0]), batch[1]),
+        loss=functional.cross_entropy,
         measure=_measure,
         quality="accuracy",
         higher_is_better=True,
