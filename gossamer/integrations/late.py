@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..attach import Handle, attach
 from ..core.sparsifier import Sparsifier
 
-_HELD = ".parametrizations.weight."
+_HELD = re.compile(r"(.*)\.(parametrizations\.weight\..*|values|indptr|indices)")
 
 
 class Late:
     """A method, and what a checkpoint brought for it before it was attached.
 
-    A checkpoint of a held model names `layer.parametrizations.weight.original`; the bare model has `layer.weight`.
-    `expect` lets such a checkpoint load into a bare model and keeps the masks until `begin` attaches.
+    A checkpoint of a held model names `layer.parametrizations.weight.original`, or `layer.values` where the layer
+    stored its kept weights only; the bare model has `layer.weight`. `expect` lets such a checkpoint load into a bare
+    model and keeps what it brought until `begin` attaches.
 
     Args:
         method: as in `gossamer.attach`.
@@ -69,12 +70,17 @@ class Late:
             self._brought = {}
         return handle
 
-    def _translate(self, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-        for key in [k for k in state if _HELD in k]:
-            layer, _, part = key.removeprefix(prefix).partition(_HELD)
-            if parametrize.is_parametrized(module.get_submodule(layer), "weight"):
-                continue
+    def _translate(self, model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+        """Set aside what only a held layer has, and give the bare one a weight."""
+        bare = dict(model.named_modules())
+        for key in list(state):
+            found = _HELD.fullmatch(key.removeprefix(prefix))
+            layer = bare.get(found[1]) if found else None
+            if not hasattr(layer, "weight") or hasattr(layer, found[2].split(".")[0]):
+                continue  # held already, or no layer of ours
             value = state.pop(key)
-            self._brought[f"{layer}{_HELD}{part}"] = value.clone()
-            if part == "original":
-                state[f"{prefix}{layer}.weight"] = value
+            self._brought[key.removeprefix(prefix)] = value.clone()
+            # Kept weights alone are no dense weight: the layer stays as it is until they are loaded into it.
+            state.setdefault(f"{prefix}{found[1]}.weight", layer.weight.detach())
+            if found[2].endswith(".original"):
+                state[f"{prefix}{found[1]}.weight"] = value

@@ -14,6 +14,7 @@ from gossamer.integrations import lightning_callback, trainer_callback
 
 OPTIONS = {"density": 0.25, "every": 2}
 METHODS = ("rigl", "set", "gradual_magnitude")
+BOTH = pytest.mark.parametrize("backend", ["masked", "sparse"])
 X = torch.randn(48, 8, generator=torch.Generator().manual_seed(3))
 
 
@@ -53,11 +54,12 @@ def trainer(folder, callback, **options):
     return Trainer(Scored(), args, train_dataset=[{"x": x} for x in X], callbacks=[callback])
 
 
+@BOTH
 @pytest.mark.parametrize("method", METHODS)
-def test_the_trainer_goes_on_from_its_checkpoint(method, tmp_path):
+def test_the_trainer_goes_on_from_its_checkpoint(method, backend, tmp_path):
     from transformers import TrainerCallback
 
-    callback, counts = trainer_callback(method, **OPTIONS), []
+    callback, counts = trainer_callback(method, backend=backend, **OPTIONS), []
 
     class Count(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
@@ -69,9 +71,37 @@ def test_the_trainer_goes_on_from_its_checkpoint(method, tmp_path):
     assert len(counts) == 12 and counts[-1] == 96 and (method == "gradual_magnitude" or set(counts) == {96})
     assert zeros(whole.model) >= 8 * 32 + 32 * 4 - 96  # links that came in with the last step are 0 as well
     assert set(whole.model.state_dict()) == set(Scored().state_dict())  # the masks are gone
-    again = trainer(tmp_path, trainer_callback(method, **OPTIONS))
+    again = trainer(tmp_path, trainer_callback(method, backend=backend, **OPTIONS))
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert equal(whole.model, again.model)
+
+
+class Words(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, place: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(60, (12,), generator=torch.Generator().manual_seed(place))
+        return {"input_ids": ids, "labels": ids}
+
+
+def test_a_language_model_goes_on_and_loads_as_ever(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
+    runs = []
+    for start in (None, str(tmp_path / "checkpoint-4")):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes))
+        args = TrainingArguments(str(tmp_path), max_steps=8, save_steps=4, per_device_train_batch_size=4, **quiet)
+        run = Trainer(model, args, train_dataset=Words(), callbacks=[trainer_callback("rigl", **OPTIONS)])
+        run.train(resume_from_checkpoint=start)
+        runs.append(model)
+    assert equal(*runs)
+    runs[0].save_pretrained(tmp_path / "final")
+    assert equal(runs[0], LlamaForCausalLM.from_pretrained(tmp_path / "final"))
+    assert (runs[0].model.layers[0].mlp.up_proj.weight == 0).float().mean() > 0.5
 
 
 def test_a_trainer_that_was_stopped_goes_on_in_the_same_process(tmp_path):
@@ -156,15 +186,16 @@ def lightning_module(optimizers: int = 1):
 
 
 @pytest.mark.filterwarnings("ignore")
+@BOTH
 @pytest.mark.parametrize("method", METHODS)
-def test_lightning_goes_on_from_its_checkpoint(method, tmp_path):
+def test_lightning_goes_on_from_its_checkpoint(method, backend, tmp_path):
     loader = torch.utils.data.DataLoader(X, batch_size=4)
     modules = []
     for start in (None, tmp_path / "epoch=0.ckpt"):
         torch.manual_seed(1)
         module = lightning_module()
         module.net[2].p = 0.0  # Lightning restores no random state, and no place within an epoch
-        callback = lightning_callback(method, **OPTIONS)
+        callback = lightning_callback(method, backend=backend, **OPTIONS)
         lightning_run(tmp_path, callback).fit(module, loader, ckpt_path=start)
         assert zeros(module) >= 8 * 32 + 32 * 4 - 96 and callback.handle is None
         modules.append(module)
