@@ -35,7 +35,7 @@ def _cut(name: str, density: float) -> str:
 
 
 def run(full: bool = False) -> Outcome:
-    fast = speedups(0.9, rounds=7 if full else 3)
+    fast = speedups(0.9, full=full)
     ours: dict[str, object] = {f"{n}, 90 % zeros in groups of 4": words for n, (_, words) in fast.items()}
     for density in (0.7, 0.5, 0.1):
         ours[f"mobilenetv2 cut to {density:.0%} at once, no training"] = _cut("mobilenetv2", density)

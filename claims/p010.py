@@ -55,7 +55,7 @@ def run(full: bool = False) -> Outcome:
             ours[f"{zeros:.0%} zeros, {way}"] = f"{kept[way]:.4f} of Σ|w| kept, {close[way]}"
         holds.append(kept["rearranged"] > kept["in order"])
         holds.append(zeros > 0.7 or close["rearranged"].divergence < close["in order"].divergence)
-    fast = speedups(0.3, rounds=7 if full else 3)
+    fast = speedups(0.3, full=full)
     ours |= {"outputs after rearranging, relative difference": f"{worst:.1e}"}
     ours |= {f"{n}, 30 % zeros in groups of 4": words for n, (_, words) in fast.items()}
     holds += [worst < 1e-5, *(ratio > LEAST for ratio, _ in fast.values())]

@@ -32,15 +32,28 @@ def python_of(name: str) -> Path:
     """
     if name == "main":
         return Path(sys.executable)
-    wanted = LISTS / f"{name}.txt"
-    if not wanted.exists():
-        there = ", ".join(sorted(f.stem for f in LISTS.glob("*.txt")))
-        raise EnvironmentFailed(f"no environment is called {name!r}; there are main, {there}")
-    folder = cache_root() / "environments" / f"{name}-{_key(wanted)}"
+    wanted, folder = _wanted(name), _folder(name)
     python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
     if not (folder / "complete").exists():
         _make(folder, python, wanted)
     return python
+
+
+def is_made(name: str) -> bool:
+    """Whether an environment stands already, so that its engines can take part without a download."""
+    return name == "main" or (_folder(name) / "complete").exists()
+
+
+def _wanted(name: str) -> Path:
+    wanted = LISTS / f"{name}.txt"
+    if not wanted.exists():
+        there = ", ".join(sorted(f.stem for f in LISTS.glob("*.txt")))
+        raise EnvironmentFailed(f"no environment is called {name!r}; there are main, {there}")
+    return wanted
+
+
+def _folder(name: str) -> Path:
+    return cache_root() / "environments" / f"{name}-{_key(_wanted(name))}"
 
 
 def _key(wanted: Path) -> str:

@@ -185,3 +185,25 @@ def test_every_environment_pins_what_it_installs():
     for listed in Path("benchmarks/environments").glob("*.txt"):
         wanted = [line for line in listed.read_text().splitlines() if line and not line.startswith("#")]
         assert wanted and all("==" in line for line in wanted), listed
+
+
+def test_an_environment_is_made_or_not_and_asking_makes_none(monkeypatch, tmp_path):
+    from benchmarks.harness import environments
+
+    monkeypatch.setattr(environments, "cache_root", lambda: tmp_path)
+    assert environments.is_made("main") and not environments.is_made("deepsparse") and not list(tmp_path.iterdir())
+    (environments._folder("deepsparse")).mkdir(parents=True)
+    (environments._folder("deepsparse") / "complete").touch()
+    assert environments.is_made("deepsparse")
+    with pytest.raises(environments.EnvironmentFailed, match="deepsparse"):
+        environments.is_made("deepspares")
+
+
+def test_rivals_of_the_mobile_claims_run_here_without_a_download(monkeypatch):
+    from benchmarks.harness.problem import load
+    from claims import mobile
+
+    monkeypatch.setattr(mobile, "is_made", lambda name: name == "main")
+    quick, whole = (set(mobile.rivals(load("cnn"), full=full)) for full in (False, True))
+    assert "torch_channels_last" in quick and quick <= whole <= {*quick, mobile.SLOW_TO_START}
+    assert "deepsparse_dense" not in whole
