@@ -8,8 +8,14 @@ from ...core.errors import unknown
 from .clothes import clothes_cnn, clothes_vit
 from .task import Batch, Task, lot
 from .teacher import teacher
+from .wikitext import wikitext_llama
 
-TASKS: dict[str, Callable[[], Task]] = {"clothes-cnn": clothes_cnn, "clothes-vit": clothes_vit, "teacher": teacher}
+TASKS: dict[str, Callable[[], Task]] = {
+    "clothes-cnn": clothes_cnn,
+    "clothes-vit": clothes_vit,
+    "teacher": teacher,
+    "wikitext-llama": wikitext_llama,
+}
 
 __all__ = ["TASKS", "Batch", "Task", "lot", "task"]
 
