@@ -129,6 +129,10 @@ def _refusals() -> dict[str, str]:
         gossamer.attach(model, "static", density=0.5)
     except GossamerError as error:
         said["attach"] = str(error)
+    try:
+        gossamer.attach(net(), "static", density=0.5, backend="sparse")
+    except GossamerError as error:
+        said["sparse"] = str(error)
     handle = _sharded("static")[2]
     try:
         handle.remove()

@@ -48,3 +48,4 @@ def test_a_distributed_checkpoint_goes_on_with_the_same_supports(found, method):
 def test_what_sharding_cannot_do_is_said(found):
     for f in found:
         assert "before fully_shard" in f["refused"]["attach"] and "sharded" in f["refused"]["remove"]
+        assert "backend='masked'" in f["refused"]["sparse"]

@@ -70,6 +70,24 @@ def test_supports_losses_and_slots_are_those_of_the_masked_path(method, make, pa
             torch.testing.assert_close(got_[slot], want[slot][support.kept], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["set", "rigl"])
+def test_compiled_and_scaled_training_moves_the_same_links(method):
+    plain, compiled, scaled = (start(method, "sparse") for _ in range(3))
+    want = train(*plain, range(8))
+    torch._dynamo.reset()
+    assert train(torch.compile(compiled[0], backend="aot_eager"), *compiled[1:], range(8)) == pytest.approx(want)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(8):
+        scaled[1].zero_grad()
+        x = torch.randn(16, 40, generator=torch.Generator().manual_seed(step))
+        scaler.scale((scaled[0](x) - x[:, :8]).square().mean()).backward()
+        scaler.step(scaled[1])
+        scaler.update()
+        scaled[2].step()
+    for _, _, handle in (compiled, scaled):
+        assert all(torch.equal(s.kept, plain[2].supports()[n].kept) for n, s in handle.supports().items())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_resuming_is_exact(method, tmp_path):
     whole = start(method, "sparse", "adamw")
