@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
 
-from ..attach import Handle, attach
-from ..attach.meter import Meter
-from ..attach.targets import find
-from ..core.errors import FileDamaged, NonFiniteError, TargetError
+from ..core.errors import FileDamaged, TargetError
 from ..core.files import whole_file
 from .plan import Plan
-from .trained import TrainedLayer, TrainedRun, read_trained, write_trained
+from .trained import RUN, WEIGHTS, TrainedRun, read_trained, write_trained
+from .training import Training
 
 if TYPE_CHECKING:
     from ..data.tasks import Task
 
-PLAN, CHECKPOINT, CURVE, WEIGHTS, RUN = "plan.json", "checkpoint.pt", "metrics.jsonl", "model.safetensors", "run.json"
-POINTS = 200
+PLAN, CHECKPOINT, CURVE = "plan.json", "checkpoint.pt", "metrics.jsonl"
 Progress = Callable[[str, int, int], None]
 
 
@@ -48,10 +42,11 @@ def train(task: Task, plan: Plan, folder: str | Path, *, progress: Progress | No
         FileDamaged: a checkpoint cannot be read.
     """
     folder = Path(folder)
+    _sweep(folder)
     _refuse_other(folder, plan)
     if (folder / RUN).exists():
         return read_trained(folder)
-    run = _Training(task, plan)
+    run = Training(task, plan)
     with whole_file(folder / PLAN) as draft:  # written now: a plan that cannot begin leaves nothing in the way
         draft.write_text(json.dumps(plan.to_dict(), indent=1))
     if (folder / CHECKPOINT).exists():
@@ -67,6 +62,13 @@ def train(task: Task, plan: Plan, folder: str | Path, *, progress: Progress | No
             if stopped():
                 raise KeyboardInterrupt
     return _finish(run, folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed writer left."""
+    for name in (PLAN, CHECKPOINT, CURVE, WEIGHTS, RUN):
+        for draft in folder.glob(f".{name}.*"):
+            draft.unlink(missing_ok=True)
 
 
 def _refuse_other(folder: Path, plan: Plan) -> None:
@@ -86,133 +88,6 @@ def _refuse_other(folder: Path, plan: Plan) -> None:
                 f"{folder} holds a run with {key} = {held.get(key)!r}, now it is {asked.get(key)!r}; choose another "
                 "folder, or delete that one"
             )
-
-
-class _Training:
-    """Everything that has a state."""
-
-    def __init__(self, task: Task, plan: Plan) -> None:
-        self.task, self.plan = task, plan
-        torch.manual_seed(plan.seed)
-        self.model = task.build()
-        self.start_flops = _start(self.model, plan)
-        self.optimizer = _optimizer(self.model, plan)
-        every = find(self.model, ("*",)).targets
-        self.outputs = {t.name: t.weight(self.model).shape[0] for t in every}
-        self.handle = _attach(self.model, self.optimizer, task, plan)
-        held = {t.name for t in self.handle.targets} if self.handle else set()
-        self.free = [t for t in every if t.name not in held]
-        self.meter = Meter(self.model, self.free)
-        self.rate = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, plan.steps)
-        self.step, self.seconds, self.interruptions = 0, 0.0, 0
-        self.loss = float("nan")
-        self.curve: list[tuple[int, float, float]] = []
-
-    def advance(self) -> None:
-        """One optimizer step."""
-        began = time.perf_counter()
-        inputs, targets = self.task.batch(self.step, self.plan.batch, self.plan.seed)
-        self.optimizer.zero_grad()
-        loss = self.task.loss(self.model.train()(inputs), targets)
-        loss.backward()
-        self.optimizer.step()
-        self.rate.step()
-        if self.handle is not None:
-            self.handle.step()
-        self.meter.add(self.meter.sizes, self.meter.sizes)
-        self.step, self.loss = self.step + 1, loss.item()
-        self.seconds += time.perf_counter() - began
-        if not math.isfinite(self.loss):
-            raise NonFiniteError(
-                f"the loss is {self.loss} after step {self.step}; lower rate= (it is {self.plan.rate})"
-            )
-        if self.step % max(self.plan.steps // POINTS, 1) == 0:
-            self.curve.append((self.step, self.loss, self.density))
-
-    @property
-    def density(self) -> float:
-        """Share kept of the layers held sparse; 1 where none is."""
-        return self.handle.density if self.handle else 1.0
-
-    def state(self) -> dict[str, object]:
-        """All that the rest of the run depends on."""
-        parts = {name: part.state_dict() for name, part in self._parts().items()}
-        counts = {"step": self.step, "seconds": self.seconds, "interruptions": self.interruptions}
-        return {**parts, **counts, "curve": self.curve, "random": torch.get_rng_state()}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state()`."""
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
-        self.step, self.seconds, self.interruptions = (state[k] for k in ("step", "seconds", "interruptions"))
-        self.curve = [tuple(point) for point in state["curve"]]
-        torch.set_rng_state(state["random"])
-
-    def _parts(self) -> dict[str, Any]:
-        parts = {"model": self.model, "optimizer": self.optimizer, "rate": self.rate, "meter": self.meter}
-        return parts if self.handle is None else {**parts, "handle": self.handle}
-
-    def close(self) -> TrainedRun:
-        """Take the masks away, and tell of the run."""
-        report = self.handle.report() if self.handle else None
-        size, outputs = self.meter.sizes, self.outputs
-        free = {t.name: TrainedLayer(t.name, size[t.name], size[t.name], outputs[t.name]) for t in self.free}
-        kept = {
-            r.name: TrainedLayer(r.name, r.kept, r.size, outputs[r.name], r.dead_outputs, r.dead_inputs)
-            for r in report or ()
-        }
-        spent = [self.meter.flops(), *([report.flops] if report else [])]
-        if self.handle is not None:
-            self.handle.remove()
-        parameters = list(self.model.parameters())
-        return TrainedRun(
-            plan=json.loads(json.dumps(self.plan.to_dict())),
-            title=self.task.title,
-            quality=self.task.measure(self.model.eval()),
-            quality_label=self.task.quality,
-            higher_is_better=self.task.higher_is_better,
-            nonzeros=sum(int(p.count_nonzero()) for p in parameters),
-            parameters=sum(p.numel() for p in parameters),
-            layers=tuple({**kept, **free}[name] for name in self.outputs),
-            flops=sum(f.forward + f.backward for f in spent),
-            dense_flops=sum(f.dense for f in spent),
-            start_flops=self.start_flops,
-            seconds=self.seconds,
-            interruptions=self.interruptions,
-            churned=report.sad if report else 0,
-            curve=tuple(self.curve),
-            torch_version=torch.__version__,
-            threads=torch.get_num_threads(),
-        )
-
-
-def _start(model: nn.Module, plan: Plan) -> int:
-    """Load an earlier run's weights, if the plan starts from one; returns what they had cost. Unit: FLOPs."""
-    if not plan.start:
-        return 0
-    earlier = read_trained(plan.start)
-    if earlier.plan["task"] != plan.task:
-        raise TargetError(
-            f"{plan.start} trained {earlier.plan['task']!r}, this run is {plan.task!r}; start from its own"
-        )
-    model.load_state_dict(load_file(Path(plan.start) / WEIGHTS))
-    return earlier.cost
-
-
-def _optimizer(model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
-    if plan.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), plan.rate, momentum=0.9, weight_decay=plan.decay)
-    return torch.optim.AdamW(model.parameters(), plan.rate, weight_decay=plan.decay)
-
-
-def _attach(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, plan: Plan) -> Handle | None:
-    if plan.method == "dense":
-        return None
-    where = {"targets": plan.targets, "skip": plan.skip, "allocation": plan.allocation, "backend": plan.backend}
-    # For methods that try the model out first; a run that goes on tries it out in the same way.
-    trial = {"data": task.batch(0, plan.batch, plan.seed), "loss": task.loss}
-    asked = {"density": plan.density, "total_steps": plan.steps, **trial, **where, **plan.options}
-    return attach(model, plan.method, optimizer=optimizer, **asked)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -236,7 +111,7 @@ def _patient() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _tell(run: _Training, folder: Path, progress: Progress | None) -> None:
+def _tell(run: Training, folder: Path, progress: Progress | None) -> None:
     if run.curve and run.curve[-1][0] == run.step:
         with (folder / CURVE).open("a") as file:
             file.write(_line(run.curve[-1]))
@@ -266,7 +141,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise FileDamaged(f"{file} cannot be read ({error}); delete it to start this run anew") from error
 
 
-def _finish(run: _Training, folder: Path) -> TrainedRun:
+def _finish(run: Training, folder: Path) -> TrainedRun:
     """The record is written last: a run that has one is over."""
     _save(folder / CHECKPOINT, run.state())
     record = run.close()

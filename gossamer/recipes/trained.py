@@ -11,6 +11,7 @@ from ..core.errors import FileDamaged
 from ..core.files import whole_file
 
 SCHEMA = "gossamer-training-1"
+RUN, WEIGHTS = "run.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def read_trained(path: str | Path) -> TrainedRun:
     Raises:
         FileDamaged: it is not the record of a training run.
     """
-    file = Path(path) / "run.json" if Path(path).is_dir() else Path(path)
+    file = Path(path) / RUN if Path(path).is_dir() else Path(path)
     try:
         held = json.loads(file.read_text())
         return _read(held)

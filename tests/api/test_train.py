@@ -55,6 +55,12 @@ def test_a_run_that_dies_goes_on_bit_for_bit(plan, at, tmp_path):
     assert not (tmp_path / "cut" / "checkpoint.pt").exists()
 
 
+def test_what_a_killed_writer_left_is_swept(tmp_path):
+    (tmp_path / ".checkpoint.pt.x1").touch()
+    train(task("teacher"), replace(SHORT, steps=2), tmp_path)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_the_record_counts_by_hand(tmp_path):
     run = train(task("teacher"), RIGL, tmp_path)
     sizes = [32 * 128, 128 * 128, 128 * 8]
