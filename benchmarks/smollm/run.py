@@ -3,6 +3,7 @@
 Each method runs in a process of its own, so that one's memory is not another's. All read the same calibration windows.
 
     python -m benchmarks.smollm.run [--quick]
+    python -m benchmarks.smollm.run --draws 0 1 2 3  # perplexities of other calibration windows
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,7 +38,10 @@ METHODS = {
 }
 
 
-def work(name: str, calibration: int, test: int) -> dict[str, object]:
+PAIRS = (("wanda", "wanda, official procedure"), ("sparsegpt", "sparsegpt, official procedure"))
+
+
+def work(name: str, calibration: int, test: int, seed: int = 0) -> dict[str, object]:
     """One method in this process."""
     import gossamer
     from benchmarks.smollm import official
@@ -44,7 +49,7 @@ def work(name: str, calibration: int, test: int) -> dict[str, object]:
 
     model, tokenizer = load_model("smollm2-135m"), load_tokenizer("smollm2-135m")
     text = wikitext2("train")[: 6 * 3 * calibration * LENGTH]
-    windows = token_windows(tokenizer, text, length=LENGTH, count=calibration, seed=0)
+    windows = token_windows(tokenizer, text, length=LENGTH, count=calibration, seed=seed)
     spec, began = METHODS[name], time.perf_counter()
     base = _reset_peak()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -59,14 +64,51 @@ def work(name: str, calibration: int, test: int) -> dict[str, object]:
         zeros = [int((m.weight == 0).sum()) for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
         sizes = [m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
         held_out = token_windows(tokenizer, wikitext2("test"), length=LENGTH, count=test)
+        losses = [math.log(perplexity(model, window[None])) for window in held_out]
         return {
             "method": name,
-            "perplexity": perplexity(model, held_out),
+            "perplexity": math.exp(statistics.fmean(losses)),
+            "losses": losses,
             "zeros": sum(zeros) / sum(sizes),
             "seconds": seconds,
             "peak_mb": peak,
             "before_mb": base,
         }
+
+
+def alone(name: str, *arguments: str) -> dict[str, object]:
+    """`work` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.smollm.run", "--only", name, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
+    row = json.loads(done.stdout.splitlines()[-1])
+    print(f"{name}: perplexity {row['perplexity']:.2f}, {row['seconds']:.0f} s", file=sys.stderr)
+    return row
+
+
+def draws(seeds: list[int], quick: bool) -> None:
+    """Ours beside the official procedure for several draws of calibration windows."""
+    rows = []
+    for ours, official in PAIRS:
+        for seed in seeds:
+            arguments = ("--seed", str(seed), *(["--quick"] * quick))
+            a, b = alone(ours, *arguments), alone(official, *arguments)
+            apart = [x - y for x, y in zip(a["losses"], b["losses"])]
+            error = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else math.nan
+            pair = {"ours": a["perplexity"], "official": b["perplexity"]}
+            rows.append({"method": ours, "seed": seed, **pair, "difference": statistics.fmean(apart), "error": error})
+    heads = ("method", "draw", "ours", "official", "difference of the mean loss", "standard error")
+    cells = [(r["method"], str(r["seed"]), *(f"{r[k]:.2f}" for k in ("ours", "official")), *signed(r)) for r in rows]
+    notes = ["Perplexity at 50 % zeros; loss in nats per token, its standard error over the test windows, in pairs."]
+    print(table(heads, cells))
+    if not quick:
+        write_results("smollm_draws", {"rows": rows}, heads, cells, notes)
+
+
+def signed(row: dict[str, float]) -> tuple[str, str]:
+    """A difference and its error, as a table shows them."""
+    return f"{row['difference']:+.4f}", f"{row['error']:.4f}"
 
 
 def _status(field: str) -> float:
@@ -91,19 +133,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few windows: a check that it runs, not a result")
     parser.add_argument("--only", help="one method, in this process; prints JSON")
+    parser.add_argument("--seed", type=int, default=0, help="which calibration windows are drawn")
+    parser.add_argument(
+        "--draws", type=int, nargs="+", metavar="SEED", help="only compare with the official procedures"
+    )
     options = parser.parse_args()
     calibration, test = (2, 1) if options.quick else (CALIBRATION, TEST)
     if options.only:
-        print(json.dumps(work(options.only, calibration, test)))
+        print(json.dumps(work(options.only, calibration, test, options.seed)))
         return
-    rows = []
-    for name in METHODS:
-        command = [sys.executable, "-m", "benchmarks.smollm.run", "--only", name, *(["--quick"] * options.quick)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print(f"{name}: perplexity {rows[-1]['perplexity']:.2f}, {rows[-1]['seconds']:.0f} s", file=sys.stderr)
+    if options.draws:
+        draws(options.draws, options.quick)
+        return
+    rows = [alone(name, *(["--quick"] * options.quick)) for name in METHODS]
     heads = ("method", "perplexity", "zeros", "seconds", "peak MB", "MB before")
     cells = [
         (
