@@ -158,7 +158,7 @@ def refuse_what_is_not_linear(
                 f"backend='sparse' holds plain nn.Linear layers, but {t.name!r} {why}; name linear layers by targets=, "
                 "or use backend='masked'"
             )
-    if sparsifier.shrink is not hard:
+    if sparsifier.shrink is not hard or sparsifier.explore:
         raise TargetError(f"{sparsifier.name!r} lets pruned weights learn, so they must exist; use backend='masked'")
     if optimizer is None and not isinstance(sparsifier.policy, OneShot):
         raise TargetError(f"{sparsifier.name!r} changes how many weights a layer holds; pass optimizer=")

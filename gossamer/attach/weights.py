@@ -20,6 +20,7 @@ from ..core.shrink import hard
 from ..core.sparsifier import Sparsifier
 from ..core.support import Support
 from ..score.trial import Loss, Trial
+from .exploring import ExploringHandle
 from .handle import Handle
 from .masked import Masked
 from .sharded import is_sharded
@@ -101,7 +102,7 @@ def _handle(
     backend: str, model: nn.Module, targets: Sequence[Target], sparsifier: Sparsifier, optimizer: object
 ) -> type[Handle]:
     if backend == "masked":
-        return Handle
+        return ExploringHandle if sparsifier.explore else Handle
     if backend != "sparse":
         raise unknown("backend", backend, ("masked", "sparse"))
     from .sparse import SparseHandle, refuse_what_is_not_linear
@@ -154,6 +155,8 @@ def _refuse_what_training_lacks(sparsifier: Sparsifier, optimizer: torch.optim.O
         raise TargetError(
             f"method {sparsifier.name!r} needs calibration data; use gossamer.prune(model, ..., data=...)"
         )
+    if sparsifier.explore and optimizer is None:
+        raise TargetError(f"method {sparsifier.name!r} adds to the gradients of its optimizer's step; pass optimizer=")
     if isinstance(sparsifier.policy, DropGrow) and optimizer is None:
         raise TargetError(
             f"method {sparsifier.name!r} moves links, and new ones must start with empty momenta; pass optimizer="

@@ -3,6 +3,7 @@
 from .allocation import allocation, by_sensitivity, er, erk, uniform
 from .budget import Above, Budget, Density, Gaussian, Keep, Mass, above, density, gaussian, keep, mass
 from .dropgrow import DropGrow
+from .explore import Explore
 from .pattern import Pattern, pattern
 from .policy import Always, OneShot, Policy, Ramp
 from .registry import Method, get_method, method, methods
@@ -22,6 +23,7 @@ __all__ = [
     "Cubic",
     "Density",
     "DropGrow",
+    "Explore",
     "Exponential",
     "Gaussian",
     "Keep",

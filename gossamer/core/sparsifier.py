@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .budget import Budget, Density, Keep, count, resolve
 from .errors import BudgetError, NonFiniteError, PatternError
+from .explore import Explore
 from .pattern import Pattern
 from .policy import OneShot, Policy
 from .regroup import regroup, select_regrouped
@@ -44,6 +45,7 @@ class Sparsifier:
         probe: finds statistics that need all layers at once, such as the loss's gradient, or None.
         rounds: n: the first support is chosen n times, each within the one before, at densities d^(1/n), d^(2/n) … d,
             the probe seeing what is left.
+        explore: while training, the gradient reaches a wider support than the forward pass; None = the same.
     """
 
     score: Score
@@ -59,6 +61,7 @@ class Sparsifier:
     allocation: str = "uniform"
     probe: Probe | None = None
     rounds: int = 1
+    explore: Explore | None = None
 
     def __post_init__(self) -> None:
         if self.rounds < 1:

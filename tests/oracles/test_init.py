@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_net import LR, MOMENTUM, SIZES, batch, gradients, net, numbers
 from torch import nn
 from torch.nn import functional
 
@@ -29,6 +30,7 @@ from gossamer.score import (
     weight_times_flow,
 )
 
+DECAY = 0.01
 LAYERS = ("0", "2", "4")
 
 
@@ -131,36 +133,6 @@ def test_synflow_against_printed_values():
     got = scores(synaptic_flow, weight_times_flow)
     close(got, SYNFLOW)
     assert masks(toy(), "synflow", density=1 / 3, rounds=10) == SYNFLOW_MASKS
-
-
-# The twin: a network 12-24-8, its derivatives by hand, one momentum SGD of its own.
-SIZES = {"0": (24, 12), "2": (8, 24)}
-LR, MOMENTUM, DECAY = 0.1, 0.9, 0.01
-
-
-def net(kind: type[nn.Module] = nn.Tanh) -> nn.Sequential:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(12, 24), kind(), nn.Linear(24, 8)).double()
-
-
-def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.randn(10, 12, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-    return x, (x[:, :8] * 2).sin()
-
-
-def numbers(model: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    both = [{n: getattr(model[int(n)], part).detach().numpy().copy() for n in SIZES} for part in ("weight", "bias")]
-    return both[0], both[1]
-
-
-def gradients(w, b, data, temperature=1.0):
-    """∂/∂w and ∂/∂b of mean (out/T − y)²."""
-    x, y = (z.numpy() for z in data)
-    h = np.tanh(x @ w["0"].T + b["0"])
-    out = (h @ w["2"].T + b["2"]) / temperature
-    d_out = 2 * (out - y) / out.size / temperature
-    d_h = (d_out @ w["2"]) * (1 - h * h)
-    return {"0": d_h.T @ x, "2": d_out.T @ h}, {"0": d_h.sum(0), "2": d_out.sum(0)}
 
 
 def best(by_layer: dict[str, np.ndarray], d: float) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ from . import (
     sparsegpt,
     static,
     synflow,
+    topkast,
     wanda,
 )
 
@@ -33,5 +34,6 @@ __all__ = [
     "sparsegpt",
     "static",
     "synflow",
+    "topkast",
     "wanda",
 ]

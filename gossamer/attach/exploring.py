@@ -1,0 +1,121 @@
+"""A handle for supports that are explored around: weights beside them learn before they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from ..core.errors import TargetError
+from ..core.explore import Explore, explored
+from ..core.sparsifier import require_finite
+from ..core.support import Support
+from .handle import Handle
+from .masked import Masked
+from .sharded import is_sharded
+from .targets import Target, sharers
+
+
+class Explored(Masked):
+    """A mask for the forward pass, and a wider one, `learning`, for the gradient; both live in `state_dict`."""
+
+    def __init__(self, kept: Tensor) -> None:
+        super().__init__(kept)
+        self.register_buffer("learning", kept.clone())
+
+    def forward(self, original: Tensor) -> Tensor:
+        return explored(original, Support(self.mask), Support(self.learning))
+
+
+class ExploringHandle(Handle):
+    """Forward pass by the support A; gradient, penalty and optimizer slots in B ⊃ A. Outside A values stay as they are.
+
+    So pruned weights are not zero in the parameter, only in the layer's `weight`, in `remove()`'s model and in what is
+    saved from it; outside B nothing moves but by the optimizer's own weight decay.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._hook: RemovableHandle | None = None
+        super().__init__(*args, **kwargs)
+        if self.optimizer is not None:
+            self._draw_in(self.optimizer)
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Look after this optimizer's slots from now on, and add the penalty in its steps.
+
+        Raises:
+            TargetError: it does not train the held weights, or FSDP2 has sharded them.
+        """
+        if any(is_sharded(self._original(t)) for t in self.targets):
+            raise TargetError(f"{self.sparsifier.name!r} adds to whole gradients; it cannot train sharded weights")
+        super().follow(optimizer)
+        self._draw_in(optimizer)
+
+    def learning(self) -> dict[str, Support]:
+        """What the gradient reaches (B), of every layer, in the layout its weight is stored in."""
+        return {t.name: Support(self._mask(t).learning) for t in self.targets}
+
+    def remove(self) -> nn.Module:
+        """Write the zeros into the weights, take the masks away, and return the model."""
+        self._let_go()
+        return super().remove()
+
+    def _let_go(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _draw_in(self, optimizer: torch.optim.Optimizer) -> None:
+        self._let_go()
+        if self._explore.penalty:
+            self._hook = optimizer.register_step_pre_hook(self._penalise)
+
+    def _hold(self, target: Target) -> None:
+        mask = Explored(torch.ones_like(target.module(self.model).weight, dtype=torch.bool))
+        for module in sharers(self.model, target):
+            parametrize.register_parametrization(module, "weight", mask)
+
+    @property
+    def _explore(self) -> Explore:
+        assert self.sparsifier.explore is not None
+        return self.sparsifier.explore
+
+    def _choose(self) -> Any:
+        factor = self._explore.density / self.sparsifier.final_density()
+        for t in self.targets:
+            w, rule = self._view(t), self.per_layer[t.name]
+            require_finite(w, f"the weight of layer {t.name!r}")
+            wide = rule.at_density(min(1.0, factor * rule.final_density()))
+            learning = wide.choose(rule.score(w, self._stats(t)), step=self.steps).kept
+            self._mask(t).learning.copy_(t.turned(learning))
+        return super()._choose()
+
+    def _penalise(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Once per step, however many batches made the gradient; then it goes the way of every gradient."""
+        if any(callable(x) for x in (*args[1:], *kwargs.values())):
+            raise TargetError("an optimizer that is given a closure makes its gradients within its step; use penalty=0")
+        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales within its step
+        with torch.no_grad():
+            for t in self.targets:
+                w, mask = self._original(t), self._mask(t)
+                if w.grad is None:
+                    continue
+                rare = 1.0 / self.per_layer[t.name].final_density()
+                drawn = torch.where(mask.mask, w, w * rare).masked_fill(~mask.learning, 0)
+                w.grad.add_(drawn if scale is None else drawn * scale, alpha=self._explore.penalty)
+
+    def _project(self) -> None:
+        """Every optimizer slot is zero where nothing learns, or momentum would move what no gradient reaches."""
+        with torch.no_grad():
+            for t in self.targets:
+                original, still = self._original(t), ~self._mask(t).learning
+                slots = self.optimizer.state.get(original, {}).values() if self.optimizer else ()
+                for slot in slots:
+                    if isinstance(slot, Tensor) and slot.shape == original.shape:
+                        slot.masked_fill_(still, 0)
+
+    def _learning(self) -> Mapping[str, int]:
+        return {t.name: int(self._mask(t).learning.sum()) for t in self.targets}
