@@ -73,6 +73,15 @@ class Meter:
             self.backward += 2 * (kept[name] + learning[name]) * positions
             self.dense += 6 * self.sizes[name] * positions
 
+    def add_dense(self) -> None:
+        """One step has been taken by layers that nothing was cut from."""
+        self.rest()
+        for name, positions in self.positions.items():
+            product = 2 * self.sizes[name] * positions
+            self.forward += product
+            self.backward += 2 * product
+            self.dense += 3 * product
+
     def flops(self) -> Flops:
         """So far."""
         return Flops(self.forward, self.backward, self.dense)

@@ -57,7 +57,7 @@ class Training:
         self.rate.step()
         if self.handle is not None:
             self.handle.step()
-        self.meter.add(self.meter.sizes, self.meter.sizes)
+        self.meter.add_dense()
         self.step, self.loss = self.step + 1, loss.item()
         self.seconds += time.perf_counter() - began
         if not math.isfinite(self.loss):
