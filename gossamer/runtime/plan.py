@@ -19,7 +19,7 @@ from ..kernels.cpu.launch import Launch
 from .layouts import Layout
 from .memory import ALIGN, Buffer, assign
 from .operators import Operator
-from .sequence import NativeSequence, Place, opening
+from .sequence import NativeSequence, Place, opening, scratch_needed
 
 ATEN = torch.ops.aten
 _UNKNOWN = object()
@@ -126,7 +126,7 @@ class Recorder:
         """Add a kernel call, the address it writes to among its operands, and run it."""
         draft = _Draft(name, kernel, launch=launch, operands=operands)
         self._add(draft)
-        launch.run(*(self._address_now(x) for x in operands))
+        launch.run(*(self.address_now(x) for x in operands))
 
     def function(self, name: str, kernel: str, function: Callable[..., object], *arguments: object) -> Value:
         """Add a call of a function of tensors; values among the arguments become its tensors."""
@@ -220,7 +220,7 @@ class Recorder:
     def _now(self, x: object) -> object:
         return self.env[x.index] if isinstance(x, Slot) else x
 
-    def _address_now(self, x: Buffer | Slot | int) -> int:
+    def address_now(self, x: Buffer | Slot | int) -> int:
         if isinstance(x, Slot):
             return self.env[x.index].data_ptr()  # type: ignore[union-attr]
         return x.address if isinstance(x, Buffer) else x
@@ -282,9 +282,9 @@ class Plan:
         for buffer in rec.buffers:
             buffer.address, buffer.keep = base + buffer.offset, None
         self.steps = [Step(d.name, d.kernel, _bound(d)) for d in rec.drafts]
-        scratch = max((d.launch.scratch_bytes for d in rec.drafts if d.launch), default=0)
+        scratch = max((scratch_needed(d.launch, threads) for d in rec.drafts if d.launch), default=0)
         self.scratch = torch.empty(scratch + ALIGN, dtype=torch.uint8)
-        self.program = _program(rec.drafts, -(-self.scratch.data_ptr() // ALIGN) * ALIGN)
+        self.program = _program(rec.drafts, -(-self.scratch.data_ptr() // ALIGN) * ALIGN, threads)
 
     @staticmethod
     def _output(rec: Recorder, leaf: object) -> object:
@@ -342,14 +342,14 @@ def _needed(drafts: list[_Draft], outputs: Sequence[object]) -> list[_Draft]:
     return kept[::-1]
 
 
-def _program(drafts: list[_Draft], scratch_at: int) -> list[Callable[[list], None]]:
+def _program(drafts: list[_Draft], scratch_at: int, threads: int) -> list[Callable[[list], None]]:
     """What a run calls: functions of torch's one by one, kernels between them in one native sequence each."""
     program: list[Callable[[list], None]] = []
     calls: list[tuple[Launch, list[int | Place]]] = []
 
     def close() -> None:
         if calls:
-            program.append(NativeSequence(list(calls), scratch_at).run)
+            program.append(NativeSequence(list(calls), scratch_at, threads).run)
             calls.clear()
 
     for draft in drafts:

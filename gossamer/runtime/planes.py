@@ -16,13 +16,13 @@ from ..kernels.cpu.depthwise import plan_depthwise
 from ..kernels.cpu.plane_ops import plan_from_planes, plan_mean, plan_pool, plan_to_planes
 from ..kernels.cpu.window import Window
 from .layouts import Planes
+from .memory import Buffer
 from .operators import Geometry, GlobalPool, Pool, Product
 from .tokens import panel_product
 from .weights import Form, Weights
 
 if TYPE_CHECKING:
     from ..kernels.cpu.launch import Launch
-    from .memory import Buffer
     from .plan import Recorder, Slot, Value
 
 
@@ -30,19 +30,26 @@ def to_planes(rec: Recorder, value: Value) -> tuple[Buffer, Planes] | None:
     """The value as image planes, brought there if need be; None for what is no float32 tensor of images."""
     if isinstance(value.layout, Planes):
         return value.buffer, value.layout  # type: ignore[return-value]
+    found = _images(rec, value)
+    if found is None:
+        return None
+    slot, layout = found
+    buffer = rec.buffer(layout)
+    launch = plan_to_planes(layout.images, layout.features, layout.used, threads=rec.threads)
+    rec.launch("images", "to planes", launch, slot, buffer)
+    value.buffer, value.layout = buffer, layout
+    return buffer, layout
+
+
+def _images(rec: Recorder, value: Value) -> tuple[Slot, Planes] | None:
+    """A tensor of torch's as contiguous images; None for what is no float32 tensor of images."""
     if value.layout is not None or value.known:
         return None
     x = rec.tensor(value)
     if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.dim() != 4 or not x.numel():
         return None
-    images, channels, high, wide = x.shape
-    layout = Planes(images, channels, high, wide)
     rows = rec.function("images", "contiguous", torch.Tensor.contiguous, value)
-    buffer = rec.buffer(layout)
-    launch = plan_to_planes(images, channels, high * wide, threads=rec.threads)
-    rec.launch("images", "to planes", launch, rows.slot, buffer)  # type: ignore[arg-type]
-    value.buffer, value.layout = buffer, layout
-    return buffer, layout
+    return rows.slot, Planes(*x.shape)  # type: ignore[return-value]
 
 
 def to_images(rec: Recorder, value: Value) -> Slot:
@@ -55,7 +62,11 @@ def to_images(rec: Recorder, value: Value) -> Slot:
 def product(rec: Recorder, node: fx.Node, op: Product, weights: Weights) -> Value | None:
     """act(conv(x) + b + residual)."""
     geometry: Geometry = op.geometry  # type: ignore[assignment]
-    found = to_planes(rec, rec.value(node.args[0]))  # type: ignore[arg-type]
+    source = rec.value(node.args[0])  # type: ignore[arg-type]
+    by_channel = geometry.groups == op.weight.shape[0] == op.weight.shape[1] * geometry.groups
+    copied = geometry.pointwise or by_channel or isinstance(source.layout, Planes)
+    # Other convolutions copy the lines they read, from images as well as from planes.
+    found = to_planes(rec, source) if copied else _images(rec, source)
     if found is None:
         return None
     x, layout = found
@@ -66,11 +77,11 @@ def product(rec: Recorder, node: fx.Node, op: Product, weights: Weights) -> Valu
             return None
         residual = other[0]
     if geometry.pointwise:
-        return panel_product(rec, op, weights, rec.value(node.args[0]), x, layout, residual)  # type: ignore[arg-type]
+        return panel_product(rec, op, weights, source, x, layout, residual)  # type: ignore[arg-type]
     window = Window(geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
     high, wide = window.output(layout.high, layout.wide)
     out = Planes(layout.images, op.weight.shape[0], high, wide)
-    if geometry.groups == layout.features == op.weight.shape[0]:
+    if by_channel:
         return _depthwise(rec, op, window, x, layout, out, residual)
     return _convolution(rec, op, weights, window, x, layout, out, residual)
 
@@ -91,25 +102,26 @@ def _depthwise(
 
 
 def _convolution(
-    rec: Recorder, op: Product, weights: Weights, window: Window, x: Buffer, layout: Planes, out: Planes,
+    rec: Recorder, op: Product, weights: Weights, window: Window, x: Buffer | Slot, layout: Planes, out: Planes,
     residual: Buffer | None,
 ) -> Value | None:  # fmt: skip
     from .plan import Value
 
     y, bias, groups = rec.buffer(out), rec.address(op.bias), op.geometry.groups  # type: ignore[union-attr]
     extra = () if residual is None else (residual.address,)
+    x_at, stride = (x.address, layout.width) if isinstance(x, Buffer) else (rec.address_now(x), layout.used)
 
     def laid_out(form: Form) -> Launch:
         return plan_conv(
             form.stream, layout.images, layout.high, layout.wide, window, groups=groups,
-            activation=op.activation, residual=residual is not None, threads=rec.threads,
+            activation=op.activation, residual=residual is not None, threads=rec.threads, strides=(stride, out.width),
         )  # fmt: skip
 
     def way(form: Form) -> Callable[[], None] | None:
         if refuse_conv(form.stream, window, groups) is not None:
             return None
         launch = laid_out(form)
-        return lambda: launch.run(x.address, y.address, bias, *extra)
+        return lambda: launch.run(x_at, y.address, bias, *extra)
 
     form = weights.fastest((layout, op.geometry, op.activation, residual is not None, rec.threads), way)
     if not isinstance(form, Form):

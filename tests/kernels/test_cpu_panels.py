@@ -208,7 +208,7 @@ def test_several_layers_as_one_native_call_run_again_and_again(workers):
     plans = [plan_panels(s, panels=2, width=112, used=100, activation="relu", threads=workers) for s in (first, second)]
     calls = [(plans[0], (x.data_ptr(), hidden.data_ptr(), 0)), (plans[1], (hidden.data_ptr(), y.data_ptr(), 0))]
     scratch = torch.empty(max(p.scratch_bytes for p in plans) // 4 + 64)
-    chain = NativeSequence(calls, -(-scratch.data_ptr() // 64) * 64)
+    chain = NativeSequence(calls, -(-scratch.data_ptr() // 64) * 64, workers)
     for _ in range(50):
         x.normal_()
         chain.run([])

@@ -32,6 +32,11 @@ class Arranged:
     order_E: Tensor | None = None
 
     @property
+    def groups(self) -> int:
+        """N."""
+        return (self.starts_R.numel() - 1) // self.blocks
+
+    @property
     def addresses(self) -> tuple[int, int, int]:
         """Where starts, indices and values lie."""
         return self.starts_R.data_ptr(), self.indices_E.data_ptr(), self.values_EG.data_ptr()

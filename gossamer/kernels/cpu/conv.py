@@ -5,7 +5,7 @@ Shapes: N images, M output channels, C input channels, H and W height and width,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gossamer.core.errors import FormatError
 from gossamer.kernels.cpu import conv_plan
+from gossamer.kernels.cpu.bands import Bands, Part
 from gossamer.kernels.cpu.checks import need_bias, need_floats, output
 from gossamer.kernels.cpu.conv_layout import ALIGNED, FLAT, HALO, Lines
 from gossamer.kernels.cpu.conv_plan import bounds_of, laid_out, run_on, zeros_at
@@ -108,33 +109,43 @@ def plan_conv(
         weights, window, out_high, out_wide, channels, threads if images < threads else 1, tuning or Tuning()
     )
     offsets, starts = _entries(weights, window, groups, lines, _block(weights, window, lines, most, tuning))
-    table, places = torch.from_numpy(lines.table()), torch.from_numpy(lines.places())
     chunks = max(1, min(weights.groups, -(-threads // (lines.panels * images))))
-    tasks = images * lines.panels * chunks
     sums_at = 4 * channels * lines.channel + 4 * lanes() * (most + 1)
     hold = 4 * lanes() * most * weights.g * -(-weights.groups // chunks) if len(starts) > 2 else 0
     scratch = -(-(sums_at + hold) // 64) * 64
     code, low_at, high_at = bounds_of(activation)
-    fixed = (
-        tasks, chunks, lines.panels, scratch, sums_at,
-        4 * x_plane * channels, 4 * x_plane, 4 * y_plane * weights.rows, 4 * y_plane,
-        weights.rows, weights.groups, len(starts) - 1, starts.data_ptr(), offsets.data_ptr(),
-        weights.values_EG.data_ptr(), channels, 4 * lines.channel,
-        table.data_ptr(), len(table), lines.pitch, lines.panel * window.stride[0], window.stride[1], high, wide,
-        lines.vectors(lines.panel), lines.vectors(lines.last), places.data_ptr(), 8 * places[0].numel(),
-        4 * lines.panel * out_wide, 4 * out_pixels, code, low_at, high_at, zeros_at(),
-    )  # fmt: skip
-    threads = min(threads, tasks)
-    entry = kernel(weights.g, lines.pieces, int(residual))
-    holds = (table, places, offsets, starts, weights.values_EG)
+
+    def numbers(lines: Lines, chunks: int, below: int) -> tuple[tuple[int, ...], tuple[Tensor, Tensor]]:
+        # Of the output lines from `below` on.
+        table, places = torch.from_numpy(lines.table()), torch.from_numpy(lines.places())
+        table[:, 0] += below * window.stride[0]
+        fixed = (
+            images * lines.panels * chunks, chunks, lines.panels, scratch, sums_at,
+            4 * x_plane * channels, 4 * x_plane, 4 * y_plane * weights.rows, 4 * y_plane,
+            weights.rows, weights.groups, len(starts) - 1, starts.data_ptr(), offsets.data_ptr(),
+            weights.values_EG.data_ptr(), channels, 4 * lines.channel,
+            table.data_ptr(), len(table), lines.pitch, lines.panel * window.stride[0], window.stride[1], high, wide,
+            lines.vectors(lines.panel), lines.vectors(lines.last), places.data_ptr(), 8 * places[0].numel(),
+            4 * lines.panel * out_wide, 4 * lines.out_high * out_wide, code, low_at, high_at, zeros_at(),
+        )  # fmt: skip
+        return fixed, (table, places)
+
+    def part(first: int, last: int) -> Part:
+        l0, l1, shift = first // out_wide, last // out_wide, 4 * first
+        fixed, holds = numbers(replace(lines, out_high=l1 - l0), chunks, l0)
+        return Part(fixed, (0, shift, 0, shift), holds)
+
+    fixed, tables = numbers(lines, chunks, 0)
+    threads = min(threads, fixed[0])
     return laid_out(
-        entry,
+        kernel(weights.g, lines.pieces, int(residual)),
         addresses=3 + residual,
         absent=1 - residual,
         fixed=fixed,
         threads=threads,
         scratch_bytes=scratch * threads,
-        holds=holds,
+        holds=(*tables, offsets, starts, weights.values_EG),
+        bands=Bands(work, out_pixels, lines.panel * out_wide, scratch, part) if images == 1 else None,
     )
 
 

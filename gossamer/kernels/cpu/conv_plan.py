@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from gossamer.kernels.cpu.bands import Bands, Part
 from gossamer.kernels.cpu.launch import Launch, launch
 from gossamer.kernels.cpu.threads import Entry
 
@@ -23,10 +26,21 @@ def laid_out(
     threads: int,
     scratch_bytes: int = 0,
     holds: tuple[Tensor, ...] = (),
+    bands: Bands | None = None,
 ) -> Launch:
     """`launch` of a kernel of which calls bring all addresses but the last, `absent` ones: those are 0."""
     fixed = (0,) * absent + fixed
-    return launch(entry, addresses=addresses, fixed=fixed, threads=threads, scratch_bytes=scratch_bytes, holds=holds)
+    if bands is not None and absent:
+        part = bands.part
+
+        def shorter(first: int, last: int) -> Part:
+            made = part(first, last)
+            return replace(made, fixed=(0,) * absent + made.fixed, shifts=made.shifts[:addresses])
+
+        bands = replace(bands, part=shorter)
+    return launch(
+        entry, addresses=addresses, fixed=fixed, threads=threads, scratch_bytes=scratch_bytes, holds=holds, bands=bands
+    )
 
 
 def _address(number: float) -> int:

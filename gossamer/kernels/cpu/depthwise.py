@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 from gossamer.core.errors import FormatError
+from gossamer.kernels.cpu.bands import Bands, Part, lines_read
 from gossamer.kernels.cpu.checks import need_bias, need_floats, output
 from gossamer.kernels.cpu.conv_plan import bounds_of, laid_out, run_on, shares, zeros_at
 from gossamer.kernels.cpu.launch import Launch
 from gossamer.kernels.cpu.planes import plane_stride
 from gossamer.kernels.cpu.window import Window
 
-# Which vector code: down the lines with stride 1 or 2, several lines in a vector, or any window tap by tap.
-WALK, STRIDE, FOLD, SLIDE = range(4)
+# Which vector code: down the lines with stride 1 or 2, several lines in a vector, pixels one after the other in a few
+# vectors, or any window tap by tap.
+WALK, STRIDE, FOLD, FLAT, SLIDE = range(5)
+# `flat` is compiled for one size of image of so few vectors: where there are many planes of it.
+_FEW, _MANY = 4, 64
 
 
 @dataclass(frozen=True)
@@ -32,19 +36,27 @@ class _Way:
     right: int
     narrow: int
     adding: int
+    sizes: tuple[int, ...] = ()  # for `flat`
 
 
-def _way(window: Window, wide: int, out_wide: int, adding: bool) -> _Way:
-    """`fold` for narrow images, `walk` or `stride` where the window allows it, `slide` otherwise."""
+def _way(window: Window, planes: int, high: int, wide: int, adding: bool) -> _Way:
+    """`flat` or `fold` for narrow images, `walk` or `stride` where the window allows it, `slide` otherwise."""
     from gossamer.kernels.cpu.target import lanes
 
     (kh, kw), (top, left, bottom, right) = window.kernel, window.padding
+    out_high, out_wide = window.output(high, wide)
     plain = kh == kw and kw in (3, 5) and window.dilation == (1, 1) and max(top, left, bottom, right) < kh
     if plain and window.stride == (1, 1) and wide == out_wide and 2 * wide <= lanes():
+        if planes >= _MANY and max(high, out_high) * wide <= _FEW * lanes():
+            return _Way(FLAT, kw, 0, 0, 0, int(adding), (high, wide, out_high, top, left))
         return _Way(FOLD, kw, 0, 0, 0, int(adding))
     # A last vector that begins (or a first one that ends) within the padding's reach of the edge needs more masks.
     narrow, rest = out_wide < lanes(), out_wide % lanes()
-    if plain and window.stride in ((1, 1), (2, 2)) and (narrow or rest == 0 or rest >= max(left, right)):
+    steps = [(1, 1)]
+    if left <= 2 and kw - left <= 4:
+        # Taps of `stride` stand at most one output aside.
+        steps.append((2, 2))
+    if plain and window.stride in steps and (narrow or rest == 0 or rest >= max(left, right)):
         return _Way(WALK if window.stride == (1, 1) else STRIDE, kw, left, right, int(narrow), int(adding))
     return _Way(SLIDE, int(window.stride[1] == 1), 0, 0, 0, int(adding))
 
@@ -90,23 +102,39 @@ def plan_depthwise(
     weight = weight_CHW.detach().to(torch.float32).contiguous().clone()
     code, low_at, high_at = bounds_of(activation)
     planes = images * channels
+    work = planes * window.taps * out_high * out_wide
     threads, tasks = shares(planes, window.taps * out_high * out_wide, threads)
     nothing = torch.zeros(wide, dtype=torch.float32, device="cpu")
-    fixed = (
-        tasks, planes, channels, weight.data_ptr(), window.taps, 4 * x_plane, 4 * y_plane,
-        high, wide, out_high, out_wide, *window.kernel, *window.stride, *window.dilation, *window.padding[:2],
-        code, low_at, high_at, zeros_at(), nothing.data_ptr(),
-    )  # fmt: skip
-    way = _way(window, wide, out_wide, residual)
+    way = _way(window, planes, high, wide, residual)
     masks, scratch, room = _folded(window, wide, out_high) if way.how == FOLD else (nothing, 0, 0)
+
+    vectors, unit = -(-out_high * out_wide // lanes()), lanes() if way.how == FLAT else out_wide
+
+    def numbers(tasks: int, high: int, out_high: int, top: int, begin: int = 0, end: int = vectors) -> tuple[int, ...]:
+        return (
+            tasks, planes, channels, weight.data_ptr(), window.taps, 4 * x_plane, 4 * y_plane,
+            high, wide, out_high, out_wide, *window.kernel, *window.stride, *window.dilation, top, window.padding[1],
+            code, low_at, high_at, zeros_at(), nothing.data_ptr(), scratch, room, masks.data_ptr(), lanes() // wide,
+            begin, end,
+        )  # fmt: skip
+
+    def part(first: int, last: int) -> Part:
+        if way.how == FLAT:
+            return Part(numbers(1, high, out_high, window.padding[0], first // lanes(), -(-last // lanes())))
+        l0, l1 = first // out_wide, last // out_wide
+        begin, end = lines_read(window, high, l0, l1)
+        top, shift = begin - (l0 * window.stride[0] - window.padding[0]), 4 * first
+        return Part(numbers(1, end - begin, l1 - l0, top), (4 * wide * begin, shift, 0, shift))
+
     return laid_out(
         _kernel(way),
         addresses=3 + residual,
         absent=1 - residual,
-        fixed=(*fixed, scratch, room, masks.data_ptr(), lanes() // wide),
+        fixed=numbers(tasks, high, out_high, window.padding[0]),
         threads=threads,
         scratch_bytes=scratch * threads,
         holds=(weight, nothing, masks),
+        bands=Bands(work, out_high * out_wide, unit, scratch, part) if images == 1 else None,
     )
 
 
@@ -127,8 +155,10 @@ def _folded(window: Window, wide: int, out_high: int) -> tuple[Tensor, int, int]
 
 @functools.cache
 def _kernel(way: _Way):
-    from gossamer.kernels.cpu.depthwise_kernel import fold_kernel, slide_kernel, walk_kernel
+    from gossamer.kernels.cpu.depthwise_kernel import flat_kernel, fold_kernel, slide_kernel, walk_kernel
 
+    if way.how == FLAT:
+        return flat_kernel(way.kernel, *way.sizes, way.adding)
     if way.how == FOLD:
         return fold_kernel(way.kernel, way.adding)
     if way.how == SLIDE:

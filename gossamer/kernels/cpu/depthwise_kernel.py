@@ -6,7 +6,7 @@ import functools
 
 from gossamer.kernels.cpu.cache import compile_kernel, helper
 from gossamer.kernels.cpu.conv_lanes import GELU, GELU_TANH, HARD_SWISH, SILU, activate_row
-from gossamer.kernels.cpu.depthwise_lanes import fold, slide, stride, walk
+from gossamer.kernels.cpu.depthwise_lanes import flat, fold, slide, stride, walk
 from gossamer.kernels.cpu.lanes import address_of, copy_row, get, take
 from gossamer.kernels.cpu.target import lanes
 from gossamer.kernels.cpu.threads import Entry
@@ -21,8 +21,8 @@ BATCH = 8
     TASKS, PLANES, CHANNELS, WEIGHT, TAPS, X_PLANE, Y_PLANE,
     HIGH, WIDE, OUT_HIGH, OUT_WIDE, KERNEL_HIGH, KERNEL_WIDE, STRIDE_HIGH, STRIDE_WIDE,
     DILATION_HIGH, DILATION_WIDE, TOP, LEFT, ACTIVATION, LOW, UP, ZERO, NOTHING,
-    SCRATCH_BYTES, ROOM, MASKS, TOGETHER,
-) = range(0, 8 * 35, 8)  # fmt: skip
+    SCRATCH_BYTES, ROOM, MASKS, TOGETHER, BEGIN, END,
+) = range(0, 8 * 37, 8)  # fmt: skip
 
 
 @helper
@@ -47,7 +47,7 @@ def _most_vectors(kernel: int) -> int:
 def walk_kernel(step: int, kernel: int, left: int, right: int, narrow: int, adding: int) -> Entry:
     """The compiled kernel for square windows of stride 1 or 2."""
     S, K, PL, PR, NARROW, ADD, L = step, kernel, left, right, narrow, adding, LANES
-    MOST = 1 if narrow else _most_vectors(kernel)
+    MOST = 1 if narrow or step == 2 else _most_vectors(kernel)
 
     def depthwise_walk(pointer):
         args = address_of(pointer)
@@ -171,3 +171,32 @@ def fold_kernel(kernel: int, adding: int) -> Entry:
                         activate(code, y, oh * wide)
 
     return Entry(compile_kernel(depthwise_fold, f"depthwise {kernel}x{kernel}, narrow"))
+
+
+@functools.cache
+def flat_kernel(kernel: int, high: int, wide: int, out_high: int, top: int, left: int, adding: int) -> Entry:
+    """The compiled kernel for square windows of stride 1 on images of a few vectors."""
+    K, H, W, OH, T, PL, ADD, L = kernel, high, wide, out_high, top, left, adding, LANES
+    PIXELS = out_high * wide
+
+    def depthwise_flat(pointer):
+        args = address_of(pointer)
+        tasks, planes, channels, taps = get(args + TASKS), get(args + PLANES), get(args + CHANNELS), get(args + TAPS)
+        low, up, code, bias, step = get(args + LOW), get(args + UP), get(args + ACTIVATION), get(args + BIAS), 4
+        begin, end = get(args + BEGIN), get(args + END)
+        if bias == 0:
+            bias, step = get(args + ZERO), 0
+        while True:
+            task = take(args + NEXT)
+            if task >= tasks:
+                break
+            for plane in range(task * planes // tasks, (task + 1) * planes // tasks):
+                channel = plane % channels
+                x, y = get(args + X) + plane * get(args + X_PLANE), get(args + Y) + plane * get(args + Y_PLANE)
+                r = get(args + RESIDUAL) + plane * get(args + Y_PLANE)
+                k, add = get(args + WEIGHT) + 4 * taps * channel, bias + step * channel
+                flat(K, H, W, OH, T, PL, L, ADD, x, y, k, add, r, begin, end, low, up)
+                if code > 0:
+                    activate(code, y + 4 * L * begin, min(PIXELS, L * end) - L * begin)
+
+    return Entry(compile_kernel(depthwise_flat, f"depthwise {kernel}x{kernel} on {high} x {wide} pixels"))

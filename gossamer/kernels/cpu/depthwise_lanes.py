@@ -11,10 +11,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from gossamer.kernels.cpu.conv_lanes import bounded, columns_inside, every_second, gathered, strided_inside
+from gossamer.kernels.cpu.conv_lanes import bounded, columns_inside, gathered, strided_inside
 from gossamer.kernels.cpu.lanes import (
     _F32,
     _I1,
+    _I32,
     _declare,
     _int,
     _lane_mask,
@@ -134,7 +135,9 @@ def stride(
 ):  # fmt: skip
     """`walk` for stride 2: two input lines a step, of which a pair of loads gives the even and the odd columns.
 
-    Lines above and below the image are read from `nothing`, a line of zeros.
+    Taps further left or right are those columns moved by a lane, for loads that cross cache lines are dear. Outputs
+    wait in the order in which columns are cheapest to take apart (`_apart`). Lines above and below the image are read
+    from `nothing`, a line of zeros.
     """
     K, left_, V, L, small, adding = (t.literal_value for t in (kernel, left, vectors, lanes, narrow, add))
     slots, parts, kind = (K + 1) // 2, 3 if vectors.literal_value == 1 else 1, ir.VectorType(_F32, L)
@@ -148,23 +151,47 @@ def stride(
         last = b.sub(out_wide, _n(L))
         firsts = [column] if small else [_at_most(b, b.add(column, _n(L * v)), last) for v in range(V)]
         wanted = _lane_mask(b, out_wide, L) if small else None
-        reads = [b.sub(b.mul(first, _n(2)), _n(left_)) for first in firsts]
+        reads = [b.mul(first, _n(2)) for first in firsts]
 
-        def mask_of(v, q, half):
-            # The second load of the last vector may reach one column beyond what its taps need.
-            edge = (v == 0 and half == 0 and q < left_) or (v == V - 1 and half == 1)
-            if not (small or edge):
+        def mask_of(v, half):
+            # The second load of the last vector may reach beyond the line.
+            if not small and (v < V - 1 or half == 0):
                 return None
-            return columns_inside(b, b.add(reads[v], _n(q + half * L)), wide, L)
+            return columns_inside(b, b.add(reads[v], _n(half * L)), wide, L)
 
-        masks = {(v, q, half): mask_of(v, q, half) for v in range(V) for q in range(0, K, 2) for half in range(2)}
-        offsets = [b.mul(read, _n(4)) for read in reads]
+        masks = {(v, half): mask_of(v, half) for v in range(V) for half in range(2)}
+        order = _apart(L)
+        # How many outputs aside the column of each tap stands, and where the one that enters a vector comes from.
+        asides = [divmod(j - left_, 2) for j in range(K)]
+        entering = {
+            (v, aside, odd): b.add(reads[v], _n((-2 if aside < 0 else 2 * L) + odd))
+            for v in range(V) for aside, odd in asides if aside and not small
+        }  # fmt: skip
+        inside = {key: b.icmp_unsigned("<", place, wide) for key, place in entering.items()}
+        places = {key: b.mul(b.select(inside[key], place, _n(0)), _n(4)) for key, place in entering.items()}
+        bits = ir.VectorType(_I1, L)
+        entry = {aside: [j + aside in (-1, L) for j in order] for aside in (-1, 1)}
+        enters = {
+            key: b.select(inside[key], ir.Constant(bits, entry[key[1]]), ir.Constant(bits, [False] * L))
+            for key in entering
+        }
         y_offsets = [b.mul(first, _n(4)) for first in firsts]
         fresh = [start] + [zero] * (parts - 1)
 
-        def taken(line, v, q, half):
-            at, mask = b.add(line, b.add(offsets[v], _n(4 * (q + half * L)))), masks[v, q, half]
+        def taken(line, v, half):
+            at, mask = b.add(line, b.mul(b.add(reads[v], _n(half * L)), _n(4))), masks[v, half]
             return _load(b, at, kind, 4) if mask is None else _masked_load(b, at, mask, L)
+
+        def moved(line, v, columns, aside, odd):
+            """The columns next to these; what enters from beyond a narrow image is zero or does not matter."""
+            if not aside:
+                return columns
+            near = [order.index(j + aside) if 0 <= j + aside < L else L for j in order]
+            columns = b.shuffle_vector(columns, zero, _mask(near))
+            if small:
+                return columns
+            entered = _splat(b, _load(b, b.add(line, places[v, aside, odd]), _F32, 4), L)
+            return b.select(enters[v, aside, odd], entered, columns)
 
         size = V * parts
         loop = _Loop(b, _n(0), b.add(out_high, _n(slots - 1)), 1, fresh * V * slots)
@@ -174,25 +201,96 @@ def stride(
             real = b.icmp_unsigned("<", row, high)
             line = b.select(real, b.add(x, b.mul(b.mul(row, wide), _n(4))), nothing)
             for v in range(V):
-                for q in range(0, K, 2):
-                    both = [taken(line, v, q, half) for half in range(2)]
-                    for odd in range(min(2, K - q)):
-                        column_of_x = every_second(b, *both, odd, L)
-                        for i in range(phase, K, 2):
-                            k = (slots - 1 - i // 2) * size + v * parts + (q + odd) % parts
-                            sums[k] = b.call(fma, [weights[i][q + odd], column_of_x, sums[k]])
+                both = [taken(line, v, half) for half in range(2)]
+                halves = [b.shuffle_vector(*both, _mask([2 * j + odd for j in order])) for odd in range(2)]
+                for j, (aside, odd) in enumerate(asides):
+                    column_of_x = moved(line, v, halves[odd], aside, odd)
+                    for i in range(phase, K, 2):
+                        k = (slots - 1 - i // 2) * size + v * parts + j % parts
+                        sums[k] = b.call(fma, [weights[i][j], column_of_x, sums[k]])
         done = b.sub(loop.i, _n(slots - 1))
         with b.if_then(b.icmp_signed(">=", done, _n(0)), likely=True):
             for v in range(V):
                 total = sums[v * parts]
                 for p in range(1, parts):
                     total = b.fadd(total, sums[v * parts + p])
+                total = b.shuffle_vector(total, zero, _mask([order.index(j) for j in range(L)]))
                 place = b.add(b.mul(b.mul(done, out_wide), _n(4)), y_offsets[v])
                 _deliver(b, total, place, y, residual if adding else None, wanted, low, up)
         loop.close(sums[size:] + fresh * V)
         return ctx.get_dummy_value()
 
     return types.void(kernel, left, vectors, lanes, narrow, add, *[_int] * 14), gen
+
+
+def _apart(lanes: int) -> list[int]:
+    """Outputs in the order that shuffles within 128 bits give: two of the first vector of pixels, two of the second."""
+    return [2 * q + half * (lanes // 2) + odd for q in range(lanes // 4) for half in range(2) for odd in range(2)]
+
+
+def _mask(numbers):
+    return ir.Constant(ir.VectorType(_I32, len(numbers)), list(numbers))
+
+
+@intrinsic(prefer_literal=True)
+def flat(
+    typing, kernel, high, wide, out_high, top, left, lanes, add,
+    x, y, w, bias, residual, begin, end, low, up,
+):  # fmt: skip
+    """Vectors begin..end - 1 of the output of one small plane, stride 1, output lines as wide as the input's.
+
+    Pixels follow each other, so that a tap is the plane moved by a fixed number of them: aligned vectors are moved by
+    lanes. Taps to the left (right) must not see the last (first) columns: those load them as zeros.
+    """
+    K, H, W, OH, top_, left_, L, adding = (
+        t.literal_value for t in (kernel, high, wide, out_high, top, left, lanes, add)
+    )
+    kind, bits = ir.VectorType(_F32, L), ir.VectorType(_I1, L)
+
+    def real(vector: int, shift: int) -> list[bool]:
+        """Which pixels of an input vector a tap `shift` columns aside may see."""
+        pixels = range(vector * L, (vector + 1) * L)
+        return [0 <= p < H * W and 0 <= p % W - shift < W for p in pixels]
+
+    def gen(ctx, b, sig, args):
+        x, y, w, bias, residual, begin, end, low, up = args[8:]
+        fma = _declare(b, f"llvm.fmuladd.v{L}f32", kind, kind, kind, kind)
+        weights = [[_splat(b, _load(b, b.add(w, _n(4 * (K * i + j))), _F32, 4), L) for j in range(K)] for i in range(K)]
+        low, up = (_splat(b, _load(b, at, _F32, 4), L) for at in (low, up))
+        start, zero = _splat(b, _load(b, bias, _F32, 4), L), ir.Constant(kind, None)
+
+        def loaded(vector, shift):
+            seen = real(vector, shift)
+            if not any(seen):
+                return None
+            at = b.add(x, _n(4 * L * vector))
+            return _load(b, at, kind, 4) if all(seen) else _masked_load(b, at, ir.Constant(bits, seen), L)
+
+        for number in range(-(-OH * W // L)):
+            here = b.and_(b.icmp_signed("<=", begin, _n(number)), b.icmp_signed("<", _n(number), end))
+            with b.if_then(here, likely=True):
+                sums, taken = [start, zero, zero], {}
+                for i in range(K):
+                    for j in range(K):
+                        shift = j - left_
+                        vector, lane = divmod(number * L + (i - top_) * W + shift, L)
+                        for needed in range(vector, vector + (2 if lane else 1)):
+                            if (needed, shift) not in taken:
+                                taken[needed, shift] = loaded(needed, shift)
+                        both = [taken.get((n, shift)) for n in (vector, vector + 1)]
+                        if both[0] is None and (not lane or both[1] is None):
+                            continue
+                        pixels = both[0]
+                        if lane:
+                            pixels = b.shuffle_vector(*(p or zero for p in both), _mask(range(lane, lane + L)))
+                        sums[j % 3] = b.call(fma, [weights[i][j], pixels, sums[j % 3]])
+                total = b.fadd(b.fadd(sums[0], sums[1]), sums[2])
+                room = OH * W - number * L
+                wanted = None if room >= L else ir.Constant(bits, [lane < room for lane in range(L)])
+                _deliver(b, total, _n(4 * L * number), y, residual if adding else None, wanted, low, up)
+        return ctx.get_dummy_value()
+
+    return types.void(kernel, high, wide, out_high, top, left, lanes, add, *[_int] * 9), gen
 
 
 def _ceil_div(b, x, y):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
+from gossamer.kernels.cpu.bands import Bands
 from gossamer.kernels.cpu.threads import Entry
 from gossamer.kernels.cpu.workplace import workplace
 
@@ -27,6 +28,7 @@ class Launch:
         block: packs counters, addresses and fixed numbers.
         fixed: the fixed numbers, packed.
         holds: whatever must live as long as the addresses among the fixed numbers.
+        bands: how it falls apart for threads that each do their own part; None where tasks are handed out.
     """
 
     entry: Entry
@@ -35,6 +37,7 @@ class Launch:
     block: struct.Struct
     fixed: bytes
     holds: tuple = ()
+    bands: Bands | None = None
 
     def run(self, *addresses: int) -> None:
         """Run on the memory at these addresses, in the order the kernel names them."""
@@ -45,8 +48,15 @@ class Launch:
 
 
 def launch(
-    entry: Entry, *, addresses: int, fixed: tuple[int, ...], threads: int, scratch_bytes: int = 0, holds: tuple = ()
+    entry: Entry,
+    *,
+    addresses: int,
+    fixed: tuple[int, ...],
+    threads: int,
+    scratch_bytes: int = 0,
+    holds: tuple = (),
+    bands: Bands | None = None,
 ) -> Launch:
     """Lay out a kernel that takes this many addresses and these fixed int64 numbers after them."""
     block = struct.Struct(f"={3 + addresses}q{8 * len(fixed)}s")
-    return Launch(entry, threads, scratch_bytes, block, struct.pack(f"={len(fixed)}q", *fixed), holds)
+    return Launch(entry, threads, scratch_bytes, block, struct.pack(f"={len(fixed)}q", *fixed), holds, bands)

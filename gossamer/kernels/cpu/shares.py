@@ -60,6 +60,13 @@ def share_out(vectors: list[int], wide: int, together: int, arranged: Arranged, 
     return Work(_table(tiles, 3), _table(tasks, 4), torch.tensor(starts, dtype=torch.int32), together)
 
 
+def share_of(vectors: list[int], wide: int, together: int, arranged: Arranged, begin: int, end: int) -> Work:
+    """The one share of vectors begin..end - 1, counted over all panels; other arguments as for `share_out`."""
+    tiles, groups = _tiles(vectors, wide, begin, end), arranged.groups
+    tasks = [(t, min(t + together, len(tiles)), 0, groups) for t in range(0, len(tiles), together) if groups]
+    return Work(_table(tiles, 3), _table(tasks, 4), torch.tensor([0, len(tasks)], dtype=torch.int32), together)
+
+
 def _table(rows: list[tuple], columns: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32).reshape(-1, columns)
 
@@ -79,8 +86,7 @@ def _tiles(vectors: list[int], wide: int, begin: int, end: int) -> list[tuple[in
 
 def _row_cuts(arranged: Arranged, pieces: int) -> list[int]:
     """Group numbers that cut the rows into pieces of about as many entries each."""
-    runs_BN = arranged.starts_R.diff().reshape(arranged.blocks, -1).to(torch.int64)
-    groups = runs_BN.shape[1]
+    runs_BN, groups = arranged.starts_R.diff().reshape(arranged.blocks, -1).to(torch.int64), arranged.groups
     if pieces == 1 or groups == 0:
         return [0, groups]
     # Starting and ending a run costs about four entries.

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from gossamer.core.errors import FormatError
 from gossamer.kernels.cpu.arrange import Arranged, arrange
+from gossamer.kernels.cpu.bands import Bands, Part
 from gossamer.kernels.cpu.checks import activation_code, need_bias, need_floats
 from gossamer.kernels.cpu.launch import Launch, launch
 from gossamer.kernels.cpu.narrow import Narrow
 from gossamer.kernels.cpu.narrow_panels import multiply, plan_narrow
 from gossamer.kernels.cpu.plan import remember
-from gossamer.kernels.cpu.shares import share_out
+from gossamer.kernels.cpu.shares import Work, share_of, share_out
 from gossamer.kernels.cpu.stream import Stream
 from gossamer.kernels.cpu.target import lanes
 from gossamer.kernels.cpu.threads import thread_number_at
@@ -118,20 +119,30 @@ def _lay_out(
     entry, wide = resident_kernel(stream.g, stream.indices_E.element_size()), widest(stream.g)
     arranged = arranged_for(stream, blocks_for(stream, wide))
     vectors = [-(-used // lanes())] * (panels - 1) + [-(-used_last // lanes())] * (panels > 0)
-    worth = stream.values_EG.numel() * lanes() * sum(vectors) // GRAIN
-    threads = max(1, min(threads, worth))
+    amount = stream.values_EG.numel() * lanes() * sum(vectors)
+    # Few vectors are cut by rows instead, which threads take as they come.
+    banded = panels == 1 and sum(vectors) >= 2 * threads
+    threads = max(1, min(threads, amount // GRAIN))
     work = share_out(vectors, wide, _tiles_together(stream, wide), arranged, threads)
     hold = -(-(64 + 4 * stream.g * lanes() * wide) // 64) * 64
     scratch = hold * work.together
-    fixed = (
-        len(work.share_starts) - 1, work.share_starts.data_ptr(), work.tasks_T4.data_ptr(), work.tiles_Q3.data_ptr(),
-        4 * width, 4 * width * stream.cols, 4 * width * stream.rows,
-        stream.rows, stream.groups, arranged.blocks, *arranged.addresses, _bounds_at(code),
-        0 if code in _BOUNDS else code, _ZEROS.data_ptr(), hold, scratch, thread_number_at(),
-    )  # fmt: skip
+
+    def numbers(work: Work) -> tuple[int, ...]:
+        return (
+            *(() if residual else (0,)),
+            len(work.share_starts) - 1, work.share_starts.data_ptr(), work.tasks_T4.data_ptr(),
+            work.tiles_Q3.data_ptr(), 4 * width, 4 * width * stream.cols, 4 * width * stream.rows,
+            stream.rows, stream.groups, arranged.blocks, *arranged.addresses, _bounds_at(code),
+            0 if code in _BOUNDS else code, _ZEROS.data_ptr(), hold, scratch, thread_number_at(),
+        )  # fmt: skip
+
+    def part(first: int, last: int) -> Part:
+        own = share_of(vectors, wide, work.together, arranged, first // lanes(), -(-last // lanes()))
+        return Part(numbers(own), holds=(own,))
+
     return launch(
-        entry, addresses=4 if residual else 3, fixed=fixed if residual else (0, *fixed), threads=threads,
-        scratch_bytes=threads * scratch, holds=(arranged, work),
+        entry, addresses=4 if residual else 3, fixed=numbers(work), threads=threads, scratch_bytes=threads * scratch,
+        holds=(arranged, work), bands=Bands(amount, used_last, lanes(), scratch, part) if banded else None,
     )  # fmt: skip
 
 
