@@ -53,7 +53,7 @@ class ExploringHandle(Handle):
         if any(is_sharded(self._original(t)) for t in self.targets):
             raise TargetError(f"{self.sparsifier.name!r} adds to whole gradients; it cannot train sharded weights")
         super().follow(optimizer)
-        self._draw_in(optimizer)
+        self._draw_in(self.optimizer)
 
     def learning(self) -> dict[str, Support]:
         """What the gradient reaches (B), of every layer, in the layout its weight is stored in."""

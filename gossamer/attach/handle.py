@@ -78,6 +78,16 @@ class Handle:
         self._project()
         self._listen()
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The one whose slots are looked after; of a wrapper, as Accelerate's `prepare` returns, what is within."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, given: torch.optim.Optimizer | None) -> None:
+        within = getattr(given, "optimizer", None)
+        self._optimizer = within if isinstance(within, torch.optim.Optimizer) else given
+
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Look after this optimizer's slots from now on: where it was built after attaching, as FSDP2 needs.
 

@@ -49,8 +49,9 @@ class Late:
             self.end()
         if self.handle is None:
             self.handle = self._attached(model, optimizer, total_steps)
+        else:
+            self.handle.follow(optimizer)
         if state is not None:
-            self.handle.optimizer = optimizer
             self.handle.load_state_dict(state)
         return self.handle
 

@@ -14,6 +14,7 @@ from gossamer.integrations import lightning_callback, trainer_callback
 
 OPTIONS = {"density": 0.25, "every": 2}
 METHODS = ("rigl", "set", "gradual_magnitude")
+WITHIN = {"topkast": {"density": 0.25, "every": 2}}  # these add to gradients within the optimizer's step
 BOTH = pytest.mark.parametrize("backend", ["masked", "sparse"])
 X = torch.randn(48, 8, generator=torch.Generator().manual_seed(3))
 
@@ -74,6 +75,14 @@ def test_the_trainer_goes_on_from_its_checkpoint(method, backend, tmp_path):
     again = trainer(tmp_path, trainer_callback(method, backend=backend, **OPTIONS))
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert equal(whole.model, again.model)
+
+
+@pytest.mark.parametrize("method", WITHIN)
+def test_the_trainer_goes_on_with_what_happens_within_its_optimizer(method, tmp_path):
+    runs = [trainer(tmp_path, trainer_callback(method, **WITHIN[method])) for _ in range(2)]
+    runs[0].train()
+    runs[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert equal(runs[0].model, runs[1].model)
 
 
 class Words(torch.utils.data.Dataset):
