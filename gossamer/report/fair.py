@@ -48,7 +48,8 @@ def fairness(first: TrainedRun, second: TrainedRun) -> tuple[Answer, ...]:
 
 
 def _nonzeros(a: TrainedRun, b: TrainedRun) -> Answer:
-    told = f"{a.nonzeros:,} and {b.nonzeros:,} of {a.parameters:,} and {b.parameters:,} parameters are not zero"
+    size = f"{a.parameters:,}" if a.parameters == b.parameters else f"{a.parameters:,} and {b.parameters:,}"
+    told = f"{a.nonzeros:,} and {b.nonzeros:,} of {size} parameters are not zero"
     return _ratio("same nonzeros?", a.nonzeros, b.nonzeros, SAME_COUNT, told, "keeps")
 
 
@@ -64,7 +65,7 @@ def _cost(a: TrainedRun, b: TrainedRun) -> Answer:
     told = f"{samples[0]:,} and {samples[1]:,} samples, {a.cost:.3g} and {b.cost:.3g} FLOPs in all"
     if a.threads == b.threads:
         told += f", {a.seconds:.1f} and {b.seconds:.1f} s on {a.threads} thread{'s' * (a.threads > 1)}"
-        if _times(a.seconds, b.seconds) > SAME_TIME:
+        if _times(a.seconds * b.cost, b.seconds * a.cost) > SAME_TIME:
             told += " (the clock and the FLOPs need not agree: masked training computes its zeros)"
     if samples[0] != samples[1]:
         return _ratio("same training cost?", *samples, 1.0, told, "sees")
