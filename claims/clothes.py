@@ -26,6 +26,10 @@ class Effort:
     def steps(self) -> int:
         return self.epochs * (self.images // self.batch)
 
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """What trains the model."""
+        return torch.optim.Adam(model.parameters(), self.rate)
+
 
 def weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of all weights (biases are left out, and left dense)."""
@@ -35,11 +39,16 @@ def weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
 Sparse = Callable[[nn.Module, torch.optim.Optimizer], list[Handle]]
 
 
-def train(width: int, effort: Effort, *, seed: int, sparse: Sparse | None = None) -> tuple[Net, float]:
+Build = Callable[[int], nn.Module]
+
+
+def train(
+    width: int, effort: Effort, *, seed: int, sparse: Sparse | None = None, build: Build = Net
+) -> tuple[nn.Module, float]:
     """Train a network; `sparse` attaches handles before the first step. Returns it and its test accuracy."""
     torch.manual_seed(seed)
-    model = Net(width)
-    optimizer = torch.optim.Adam(model.parameters(), effort.rate)
+    model = build(width)
+    optimizer = effort.optimizer(model)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, effort.steps)
     handles = sparse(model, optimizer) if sparse else []
     x, y, _, _ = tensors()

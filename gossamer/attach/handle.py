@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from ..core.dropgrow import DropGrow
-from ..core.errors import FileDamaged, NonFiniteError, TargetError, near
-from ..core.pattern import Pattern
-from ..core.regroup import tied_rows
-from ..core.shrink import hard
+from ..core.errors import FileDamaged, TargetError, near
+from ..core.schedule import at
+from ..core.shrink import StraightThrough, hard
 from ..core.sparsifier import Sparsifier, require_finite
 from ..core.support import Support
 from ..score import random, salt
 from .dense_gradient import DenseGradients
+from .fit import refuse_misfits
 from .masked import Masked
 from .meter import Meter
+from .pull import pull
 from .report import LayerReport, TrainingReport, dead
 from .sharded import is_sharded, own, part_of, whole
 from .targets import Target, refuse_foreign, sharers
+from .twoway import close_back, open_back
 
 
 class Handle:
@@ -53,17 +57,17 @@ class Handle:
         self._grown: dict[str, Tensor | int] = {}
         self._moved: dict[str, Tensor | int] = {}
         self._kept: dict[str, int] = {}
-        for t in self.targets:  # all that can be refused is refused before any mask is attached
-            require_finite(t.weight(model), f"the weight of layer {t.name!r}")
-            (tied_rows if sparsifier.regroup else Pattern.place)(sparsifier.pattern, t.weight(model).shape)
+        refuse_misfits(model, sparsifier, self.targets)
         for t in self.targets:
             self._hold(t)
         self._gradients = self._dense_gradients()
+        self._pulling = self._pull()
         self._meter = Meter(model, self.targets)
         if start is None:
             self._update_if_due()
         else:
-            self._change(start)
+            self._change(start.items())
+        self._fade()
         self._listen()
 
     def step(self) -> None:
@@ -73,8 +77,9 @@ class Handle:
             TargetError: the support is due to move by the gradient, but no backward pass has left one.
         """
         self.steps += 1
-        self._meter.add(self._counts(), self._learning())
+        self._meter.add(*self._work())
         self._update_if_due()
+        self._fade()
         self._project()
         self._listen()
 
@@ -96,6 +101,8 @@ class Handle:
         """
         refuse_foreign(optimizer, {t.name: self._original(t) for t in self.targets})
         self.optimizer = optimizer
+        self._stop_pulling()
+        self._pulling = self._pull()
         self._project()
 
     def supports(self) -> dict[str, Support]:
@@ -161,8 +168,11 @@ class Handle:
             )
         self._gradients.off()
         self._meter.rest()
+        self._stop_pulling()
         for t in self.targets:
+            self._mask(t).shrink, self._mask(t).fade = hard, None  # what has not faded yet goes as well
             for module in sharers(self.model, t):
+                close_back(module)
                 parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
         return self.model
 
@@ -196,12 +206,36 @@ class Handle:
         self._grown, self._moved = dict(state["grown"]), dict(state["moved"])  # type: ignore[call-overload]
         self._kept = {}
         self._meter.load_state_dict(state)
+        self._fade()
         self._listen()
 
     def _hold(self, target: Target) -> None:
-        mask = Masked(torch.ones_like(target.module(self.model).weight, dtype=torch.bool), self.sparsifier.shrink)
+        two_way = self.sparsifier.backward is not None
+        everything = torch.ones_like(target.module(self.model).weight, dtype=torch.bool)
+        mask = Masked(everything, self.sparsifier.shrink, two_way=two_way)
         for module in sharers(self.model, target):  # tied layers share one mask
             parametrize.register_parametrization(module, "weight", mask)
+            if two_way:
+                open_back(module)
+
+    def _pull(self) -> RemovableHandle | None:
+        shrink = self.sparsifier.shrink
+        if self.optimizer is None or not isinstance(shrink, StraightThrough) or not shrink.pull:
+            return None
+        pairs = lambda: ((self._original(t), self._mask(t).mask) for t in self.targets)
+        return pull(self.optimizer, shrink.pull, pairs)
+
+    def _stop_pulling(self) -> None:
+        if self._pulling is not None:
+            self._pulling.remove()
+
+    def _fade(self) -> None:
+        """The forward pass to come sees pruned weights as far faded as they are by now."""
+        shrink = self.sparsifier.shrink
+        self._left = at(shrink.fade, self.steps) if isinstance(shrink, StraightThrough) else 0.0
+        if isinstance(shrink, StraightThrough) and callable(shrink.fade):
+            for t in self.targets:
+                self._mask(t).fade.fill_(self._left)
 
     def _dense_gradients(self) -> DenseGradients:
         return DenseGradients(self.model, self.targets, self._mask)
@@ -218,10 +252,10 @@ class Handle:
     def _update_if_due(self) -> None:
         if self._waiting or self.sparsifier.policy.due(self.steps):
             moving = self.steps and isinstance(self.sparsifier.policy, DropGrow)
-            self._change(self._move() if moving else self._choose())
+            self._change(self._move().items() if moving else self._choose())
 
-    def _change(self, supports: Mapping[Target, Support]) -> None:
-        for t, support in supports.items():
+    def _change(self, supports: Iterable[tuple[Target, Support]]) -> None:
+        for t, support in supports:
             self._take(t, _turned(support.kept, t))
         self._project()
 
@@ -229,19 +263,26 @@ class Handle:
         """The layer keeps these entries from now on; what came and went is counted, without waiting for the device."""
         mask, name = self._mask(target).mask, target.name
         if self.steps:
-            self._grown[name] = (kept & ~mask).sum()
-            self._moved[name] = self._moved.get(name, 0) + (kept ^ mask).sum()
+            self._grown[name] = (kept & ~mask).count_nonzero()
+            self._moved[name] = self._moved.get(name, 0) + (kept ^ mask).count_nonzero()
         mask.copy_(kept)
         self._kept = {}
 
-    def _choose(self) -> dict[Target, Support]:
-        weights = {t: self._view(t) for t in self.targets}
-        for t, w in weights.items():
-            require_finite(w, f"the weight of layer {t.name!r}")
-        scores = {t: self.sparsifier.score(w, self._stats(t)) for t, w in weights.items()}
+    def _choose(self) -> Iterator[tuple[Target, Support]]:
+        """New supports by score; layer by layer, so that the scores of one layer at a time are held."""
+        for t in self.targets:
+            require_finite(self._view(t), f"the weight of layer {t.name!r}")
+        score = lambda t: self.sparsifier.score(self._view(t), self._stats(t))
         if self.sparsifier.scope == "model":
-            return self.sparsifier.choose_across(scores, step=self.steps)  # type: ignore[arg-type, return-value]
-        return {t: self.per_layer[t.name].choose(x, step=self.steps) for t, x in scores.items()}
+            scores = {t: score(t) for t in self.targets}
+            yield from self.sparsifier.choose_across(scores, step=self.steps).items()  # type: ignore[arg-type, misc]
+            return
+        for t in self.targets:
+            scores_of_one, rule = score(t), self.per_layer[t.name]
+            if rule.backward is not None:
+                back = replace(rule, pattern=rule.backward).choose(scores_of_one, step=self.steps)
+                self._mask(t).back.copy_(_turned(back.kept, t))
+            yield t, rule.choose(scores_of_one, step=self.steps)
 
     def _stats(self, target: Target) -> dict[str, Tensor]:
         return {"salt": salt(target.name)}
@@ -268,7 +309,8 @@ class Handle:
         drop = {t: policy.drop(self._view(t), {"salt": self._lot(t)}) for t in moving}
         grow = {t: self._grow(policy, t, gradients) for t in moving}
         for t in moving:
-            _require_rank(drop[t], t), _require_rank(grow[t], t)
+            for scores in (drop[t], grow[t]):
+                require_finite(scores, f"the score that is to move the support of layer {t.name!r}")
         where = self.sparsifier.pattern, self.steps
         if policy.across:
             return policy.move_across(held, drop, grow, *where)  # type: ignore[arg-type, return-value]
@@ -310,8 +352,16 @@ class Handle:
     def _counts(self) -> dict[str, int]:
         """Kept entries of each layer; counted once per support."""
         if not self._kept:
-            self._kept = {t.name: int(self._mask(t).mask.sum()) for t in self.targets}
+            self._kept = {t.name: int(self._mask(t).mask.count_nonzero()) for t in self.targets}
         return self._kept
+
+    def _work(self) -> tuple[Mapping[str, int], Mapping[str, int], Mapping[str, int]]:
+        """Entries that the last step multiplied with: forward, by the inputs, by the weights."""
+        if self._left:
+            return self._meter.sizes, self._meter.sizes, self._meter.sizes
+        kept, two_way = self._counts(), self.sparsifier.backward is not None
+        by_inputs = {t.name: int(self._mask(t).back.count_nonzero()) for t in self.targets} if two_way else kept
+        return kept, by_inputs, self._learning()
 
     def _learning(self) -> Mapping[str, int]:
         """Entries whose gradient the last step computed."""
@@ -333,8 +383,3 @@ class Handle:
 def _turned(x: Tensor, target: Target) -> Tensor:
     """From the layout of storage to outputs first, or back."""
     return x.t() if target.transposed else x
-
-
-def _require_rank(scores: Tensor, target: Target) -> None:
-    if not bool(scores.isfinite().all()):
-        raise NonFiniteError(f"the support of layer {target.name!r} is to move by scores that are not finite")

@@ -17,8 +17,9 @@ class Flops:
     """Floating-point operations of the held layers since training began, a multiply and an add each one.
 
     Per step and layer, with n entries of which k are kept, learning ones l, and P positions (rows of the layer's
-    output: samples × tokens or pixels): forward 2kP, backward 2kP for the inputs and 2lP for the weights. l is n in
-    steps that need the dense gradient, else k. Dense training would take 6nP.
+    output: samples × tokens or pixels): forward 2kP, backward 2bP for the inputs and 2lP for the weights. b is k, or
+    what the support of the backward pass keeps where it has one; l is n in steps that need the dense gradient, else k.
+    While pruned weights still count for something in the forward pass, k and b are n. Dense training would take 6nP.
 
     Args:
         forward, backward: with every zero skipped. The masked path computes dense; sparse kernels earn this.
@@ -65,12 +66,12 @@ class Meter:
             hook.remove()
         self._hooks = []
 
-    def add(self, kept: Mapping[str, int], learning: Mapping[str, int]) -> None:
-        """One step has been taken."""
+    def add(self, kept: Mapping[str, int], back: Mapping[str, int], learning: Mapping[str, int]) -> None:
+        """One step has been taken, with so many entries in the forward pass, by the inputs and by the weights."""
         self.rest()
         for name, positions in self.positions.items():
             self.forward += 2 * kept[name] * positions
-            self.backward += 2 * (kept[name] + learning[name]) * positions
+            self.backward += 2 * (back[name] + learning[name]) * positions
             self.dense += 6 * self.sizes[name] * positions
 
     def add_dense(self) -> None:

@@ -16,7 +16,7 @@ from ..core.errors import BudgetError, TargetError, unknown
 from ..core.pattern import Pattern
 from ..core.policy import OneShot
 from ..core.registry import get_method
-from ..core.shrink import hard
+from ..core.shrink import StraightThrough, hard
 from ..core.sparsifier import Sparsifier
 from ..core.support import Support
 from ..score.trial import Loss, Trial
@@ -144,10 +144,15 @@ def _own_allocation(sparsifier: Sparsifier) -> str:
 
 
 def _refuse_what_training_lacks(sparsifier: Sparsifier, optimizer: torch.optim.Optimizer | str | None) -> None:
-    if sparsifier.shrink is not hard:
+    shrink = sparsifier.shrink
+    if shrink is not hard and not isinstance(shrink, StraightThrough):
         raise TargetError(
-            f"attach keeps values hard (kept or zero), but {sparsifier.name!r} asks for {sparsifier.shrink}; "
+            f"attach keeps values hard or lets gradients straight through, but {sparsifier.name!r} asks for {shrink}; "
             "parametrize with that rule yourself, or use shrink=hard"
+        )
+    if isinstance(shrink, StraightThrough) and shrink.pull and optimizer is None:
+        raise TargetError(
+            f"method {sparsifier.name!r} draws pruned weights to 0 within the optimizer's step; pass optimizer="
         )
     if sparsifier.probe and not isinstance(sparsifier.policy, (OneShot, DropGrow)):
         raise TargetError(f"method {sparsifier.name!r} tries the model out before training, so it cannot choose later")

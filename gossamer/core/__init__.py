@@ -8,9 +8,9 @@ from .pattern import Pattern, pattern
 from .policy import Always, OneShot, Policy, Ramp
 from .registry import Method, get_method, method, methods
 from .regroup import regroup, select_regrouped
-from .schedule import Constant, Cosine, Cubic, Exponential, Linear, Schedule, Step
+from .schedule import Constant, Cosine, Cubic, Exponential, Linear, Schedule, Step, Until
 from .select import select, select_across
-from .shrink import Shrink, hard, soft, straight_through
+from .shrink import Shrink, StraightThrough, hard, soft, straight_through
 from .sparsifier import Score, Solver, Sparsifier, Stats, budget_for
 from .support import Support
 
@@ -41,7 +41,9 @@ __all__ = [
     "Sparsifier",
     "Stats",
     "Step",
+    "StraightThrough",
     "Support",
+    "Until",
     "above",
     "allocation",
     "budget_for",

@@ -102,6 +102,18 @@ class Step:
         return reached[-1] if reached else self.start
 
 
+@dataclass(frozen=True)
+class Until:
+    """`first` before step `end`, `then` from there on."""
+
+    first: Schedule
+    end: int
+    then: float
+
+    def __call__(self, step: int) -> float:
+        return self.first(step) if step < self.end else self.then
+
+
 def at(value: float | Schedule, step: int) -> float:
     """The number itself, or the schedule's value at `step`."""
     return value(step) if callable(value) else value

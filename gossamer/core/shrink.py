@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .errors import BudgetError
+from .schedule import Schedule, at
 from .support import Support
 
 Shrink = Callable[[Tensor, Support], Tensor]
@@ -38,16 +39,50 @@ def soft(tau: float) -> Soft:
     return Soft(tau)
 
 
-class _StraightThrough(torch.autograd.Function):
+class _Through(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w: Tensor, kept: Tensor) -> Tensor:
-        return torch.where(kept, w, torch.zeros((), dtype=w.dtype, device=w.device))
+    def forward(ctx, w: Tensor, kept: Tensor, fade: Tensor | float) -> Tensor:
+        # A number is known to be 0 beforehand; a tensor may become 0 later in a compiled graph.
+        off = w * fade if isinstance(fade, Tensor) or fade else torch.zeros((), dtype=w.dtype, device=w.device)
+        return torch.where(kept, w, off)
 
     @staticmethod
-    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return grad_outputs[0], None
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return grad_outputs[0], None, None
 
 
-def straight_through(w: Tensor, support: Support) -> Tensor:
-    """Forward as `hard`; backward as if nothing had been cut, so pruned weights keep learning. arXiv:1308.3432."""
-    return _StraightThrough.apply(w, support.kept)
+@dataclass(frozen=True)
+class StraightThrough:
+    """w on the support, fade·w off it; backward as if nothing had been cut, so pruned weights keep learning.
+
+    Args:
+        fade: β, what is left of a pruned weight in the forward pass, 0 to 1, or a schedule of it.
+        pull: λ >= 0. A handle adds λ·(1 − m)⊙w to the gradient once per optimizer step, which draws pruned weights
+            to 0 and so steadies the support (SR-STE). It is no part of the backward pass: accumulated batches, tied
+            weights and scaled losses would count it several times.
+
+    Raises:
+        BudgetError: fade is not between 0 and 1, or pull is negative.
+
+    Reference: Bengio et al., arXiv:1308.3432.
+    """
+
+    fade: float | Schedule = 0.0
+    pull: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not callable(self.fade) and not 0.0 <= self.fade <= 1.0:
+            raise BudgetError(f"fade is what is left of a pruned weight, from 0 to 1, got {self.fade}")
+        if self.pull < 0:
+            raise BudgetError(f"pull draws pruned weights to 0, so pull >= 0, got {self.pull}; try 2e-4")
+
+    def __call__(self, w: Tensor, support: Support, fade: Tensor | None = None) -> Tensor:
+        """`fade` as a tensor where a schedule sets it, so that a compiled graph stays as it is."""
+        return _Through.apply(w, support.kept, at(self.fade, 0) if fade is None else fade)
+
+    def at(self, step: int) -> StraightThrough:
+        """The rule as it stands after `step` optimizer steps."""
+        return replace(self, fade=at(self.fade, step))
+
+
+straight_through = StraightThrough()

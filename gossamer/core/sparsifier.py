@@ -15,7 +15,7 @@ from .policy import OneShot, Policy
 from .regroup import regroup, select_regrouped
 from .schedule import Schedule, Span, at
 from .select import select, select_across
-from .shrink import Shrink, hard
+from .shrink import Shrink, StraightThrough, hard
 from .support import Support
 
 Stats = Mapping[str, Tensor]
@@ -41,6 +41,8 @@ class Sparsifier:
         solve: an alternating solver that replaces score, select and shrink (SparseGPT), or None.
         name: the method's name, for reports.
         regroup: let the pattern choose which rows it ties together, see `gossamer.core.regroup`.
+        backward: while training, the gradient by a layer's inputs sees another selection of the same scores and budget,
+            made by this pattern; None = the forward one.
         allocation: how `attach` spreads the density over layers unless told otherwise: "uniform", "er", "erk".
         probe: finds statistics that need all layers at once, such as the loss's gradient, or None.
         rounds: n: the first support is chosen n times, each within the one before, at densities d^(1/n), d^(2/n) … d,
@@ -59,6 +61,7 @@ class Sparsifier:
     name: str = ""
     regroup: bool = False
     allocation: str = "uniform"
+    backward: Pattern | None = None
     probe: Probe | None = None
     rounds: int = 1
     explore: Explore | None = None
@@ -82,7 +85,8 @@ class Sparsifier:
                 )
             return self._solved(w, stats, step)
         support = self.choose(self.score(w, stats), within=within, step=step)
-        return self.shrink(w, support), support
+        shrink = self.shrink.at(step) if isinstance(self.shrink, StraightThrough) else self.shrink
+        return shrink(w, support), support
 
     def choose(self, scores: Tensor, *, within: Support | None = None, step: int = 0) -> Support:
         """The support that scores win, by this sparsifier's pattern and budget."""
@@ -140,6 +144,8 @@ class Sparsifier:
 
 def require_finite(w: Tensor, what: str) -> None:
     """Raise NonFiniteError, naming `what` and how many entries are bad, unless all of `w` is finite."""
+    if bool(w.sum().isfinite()):  # an infinity or NaN never sums up to a number, and adding is ten times cheaper
+        return
     bad = w.numel() - int(w.isfinite().sum())
     if bad:
         raise NonFiniteError(

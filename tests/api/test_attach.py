@@ -11,7 +11,7 @@ from torch import nn
 
 import gossamer
 from gossamer.attach import hold
-from gossamer.core import straight_through
+from gossamer.core import soft
 from gossamer.core.errors import NonFiniteError, PatternError, TargetError
 
 
@@ -128,4 +128,4 @@ def test_what_attach_would_ignore_is_refused() -> None:
     with pytest.raises(TargetError, match="density would be ignored"):
         gossamer.attach(net(), sparsifier, density=0.1)
     with pytest.raises(TargetError, match="hard"):
-        gossamer.attach(net(), replace(sparsifier, shrink=straight_through))
+        gossamer.attach(net(), replace(sparsifier, shrink=soft(0.1)))

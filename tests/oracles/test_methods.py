@@ -18,8 +18,9 @@ from gossamer.score import random as by_lot
 from gossamer.score import salt
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
-SCHEDULED = ("gradual_magnitude", "fast_sparse_convnets", "rigl", "set")
+SCHEDULED = ("gradual_magnitude", "fast_sparse_convnets", "rigl", "set", "decaying_mask", "decaying_structure")
 HAND_OPTIONS = {name: {"total_steps": 100, "every": 10} for name in SCHEDULED}
+N_OF_M = ("sr_ste", "decaying_mask", "decaying_structure", "bdwp")  # their patterns fix the density
 
 
 def build(name: str, **options):
@@ -142,12 +143,12 @@ def test_every_method_keeps_its_promises(name):
     stats = {"gram": x.T @ x / 64, "input_norm": x.pow(2).mean(0).sqrt(), "tokens": torch.tensor(64)}
     stats |= {name: weight(8, 32, 3) for name in ("gradient", "hessian_gradient", "flow")}
     before = w.clone()
-    for d in (0.0, 0.25, 1.0):
-        sparsifier = build(name, density=d)
+    for d in (0.25, 0.5, 1.0) if name in N_OF_M else (0.0, 0.25, 1.0):
+        sparsifier = build(name, **({"pattern": f"{int(4 * d)}:4"} if name in N_OF_M else {"density": d}))
         got, support = sparsifier.apply(w, stats, step=10**6)
         assert support.count == d * 256 and not got[~support.kept].any() and got.isfinite().all()
         assert (sparsifier.apply(w, stats, step=10**6)[0] == got).all() and (w == before).all()
-        assert sparsifier.at_density(0.5).apply(w, stats, step=10**6)[1].count == 128
+        assert name in N_OF_M or sparsifier.at_density(0.5).apply(w, stats, step=10**6)[1].count == 128
     with pytest.raises(NonFiniteError):
         build(name).apply(w / 0, stats)
 
@@ -157,8 +158,9 @@ def test_every_method_is_documented(name):
     method = get_method(name)
     text = method.build.__doc__ or ""
     assert method.summary.endswith(".") and method.paper and "Reference:" in text and "Example:" in text
-    with pytest.raises(UnknownName, match="did you mean 'density'"):
-        method(densty=0.5)
+    option = "pattern" if name in ("bdwp", "decaying_structure") else "density"
+    with pytest.raises(UnknownName, match=f"did you mean '{option}'"):
+        method(**{option[:-1]: 0.5})
 
 
 def test_statistics_are_checked_by_name():

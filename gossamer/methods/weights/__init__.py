@@ -1,6 +1,9 @@
 """Methods that make weights sparse: one paper, one file."""
 
 from . import (
+    bdwp,
+    decaying_mask,
+    decaying_structure,
     essential_sparsity,
     fast_sparse_convnets,
     global_magnitude,
@@ -13,6 +16,7 @@ from . import (
     snip,
     sparsebytenn,
     sparsegpt,
+    sr_ste,
     static,
     synflow,
     topkast,
@@ -20,6 +24,9 @@ from . import (
 )
 
 __all__ = [
+    "bdwp",
+    "decaying_mask",
+    "decaying_structure",
     "essential_sparsity",
     "fast_sparse_convnets",
     "global_magnitude",
@@ -32,6 +39,7 @@ __all__ = [
     "snip",
     "sparsebytenn",
     "sparsegpt",
+    "sr_ste",
     "static",
     "synflow",
     "topkast",

@@ -1,0 +1,188 @@
+"""What a method adds to a training step: time per step beside the dense step, and bytes per weight.
+
+Run: python -m benchmarks.training_step.run [--repeat 6] [--batch 16] [--threads 2] [--quick]
+Shapes: one block of ViT-small (197 tokens of 384) and the last stage of ResNet-18 (512 channels on 7 x 7 images).
+A method's steps are interleaved with dense ones. The rule, fixed beforehand: a step takes at most 1.1 times the
+dense one. A run that was stopped goes on with the methods that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import gossamer
+from benchmarks.results import table, write_results
+from gossamer.core.files import whole_file
+
+RULE = 1.1
+HEADS = ("shape", "method", "dense step, ms", "with the method, ms", "ratio", "bytes per weight")
+EVERY = 100  # steps between moves that the times are for
+DYNAMIC = {"density": 0.1, "total_steps": 1000, "every": 2}
+NOTES = (
+    "SGD with momentum; bytes per weight: weights, gradients and masks, without the optimizer's slot (dense: 8).",
+    f"set and rigl: moves every {EVERY} steps, amortised; gradual_magnitude: a cut in every step, so an upper bound.",
+)
+METHODS: dict[str, dict[str, object]] = {
+    "static": {"density": 0.1},
+    "gradual_magnitude": {**DYNAMIC, "every": 1},
+    "set": DYNAMIC,
+    "rigl": DYNAMIC,
+    "sr_ste": {"pattern": "2:4"},
+    "decaying_mask": {"pattern": "2:4", "total_steps": 1000},
+    "decaying_structure": {"pattern": "2:4", "total_steps": 1000},
+    "bdwp": {"pattern": "2:8"},
+}
+PARTS = Path(__file__).parents[1] / "results" / ".training_step-parts.json"
+
+
+class Block(nn.Module):
+    """One block of ViT-small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(384) for _ in range(2))
+        self.qkv, self.out = nn.Linear(384, 1152), nn.Linear(384, 384)
+        self.up, self.down = nn.Linear(384, 1536), nn.Linear(1536, 384)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norms[0](x_BTC)).unflatten(2, (3, 6, 64)).permute(2, 0, 3, 1, 4)
+        x_BTC = x_BTC + self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x_BTC + self.down(functional.gelu(self.up(self.norms[1](x_BTC))))
+
+
+def stage() -> nn.Module:
+    """The two convolutions of ResNet-18's last basic block."""
+    conv = lambda: nn.Conv2d(512, 512, 3, padding=1, bias=False)
+    return nn.Sequential(conv(), nn.BatchNorm2d(512), nn.ReLU(), conv(), nn.BatchNorm2d(512))
+
+
+SHAPES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "ViT-small block": (Block, (197, 384)),
+    "ResNet-18 stage": (stage, (512, 7, 7)),
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the table. Times are medians in milliseconds."""
+
+    shape: str
+    method: str
+    dense_ms: float
+    method_ms: float
+    bytes_per_weight: float
+
+    @property
+    def ratio(self) -> float:
+        return self.method_ms / self.dense_ms
+
+
+def stepper(shape: str, batch: int, method: str | None) -> tuple[Callable[[], None], nn.Module]:
+    """One training step with SGD and momentum, dense or with a method."""
+    build, size = SHAPES[shape]
+    torch.manual_seed(0)
+    model = copy.deepcopy(build())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    handle = gossamer.attach(model, method, optimizer=optimizer, **METHODS[method]) if method else None
+    x = torch.randn(batch, *size)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        if handle is not None:
+            handle.step()
+
+    return step, model
+
+
+def held(model: nn.Module) -> float:
+    """Bytes per weight of what stays between steps beside the optimizer's slots: weights, gradients, masks."""
+    weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    masks = sum(b.nbytes for n, b in model.named_buffers() if "parametrizations" in n)
+    return (sum(2 * p.nbytes for p in model.parameters() if p.ndim > 1) + masks) / weights
+
+
+def timed(run: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - began)
+
+
+def measure(shape: str, method: str, batch: int, repeat: int) -> Line:
+    dense, _ = stepper(shape, batch, None)
+    sparse, model = stepper(shape, batch, method)
+    times: dict[Callable[[], None], list[float]] = {dense: [], sparse: []}
+    for _ in range(2):
+        dense(), sparse()
+    for _ in range(repeat + repeat % 2):
+        for run in (dense, sparse):
+            times[run].append(timed(run))
+    spent = times[sparse]
+    step = statistics.median(spent)
+    if METHODS[method].get("every") == 2:  # here links move in every second step, as many as in the method's hundredth
+        plain, moving = statistics.median(spent[0::2]), statistics.median(spent[1::2])
+        step = plain + (moving - plain) / EVERY
+    return Line(shape, method, statistics.median(times[dense]), step, held(model))
+
+
+def finished(setting: dict[str, object]) -> list[Line]:
+    """What a run with the same setting left when it was stopped."""
+    if not PARTS.exists() or (found := json.loads(PARTS.read_text()))["setting"] != setting:
+        return []
+    return [Line(**line) for line in found["lines"]]
+
+
+def verdict(lines: list[Line]) -> str:
+    """The rule and whether it held, named row by row where it did not."""
+    broken = [f"{r.shape}, {r.method}: {r.ratio:.2f}" for r in lines if r.ratio > RULE]
+    held = f"broken by {'; '.join(broken)}" if broken else "held by every row"
+    return f"The rule, fixed beforehand: a step takes at most {RULE} times the dense one. It is {held}."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeat", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--quick", action="store_true", help="two steps at batch 2; writes no results")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.quick:
+        options.repeat, options.batch = 2, 2
+    setting = {"threads": options.threads, "batch": options.batch, "repeat": options.repeat, "torch": torch.__version__}
+    lines = [] if options.quick else finished(setting)
+    done = {(r.shape, r.method) for r in lines}
+    for shape in SHAPES:
+        for method in METHODS:
+            if (shape, method) not in done:
+                lines.append(measure(shape, method, options.batch, options.repeat))
+                print(f"{shape}, {method}: {lines[-1].ratio:.3f}", flush=True)
+                if not options.quick:
+                    with whole_file(PARTS) as draft:
+                        draft.write_text(json.dumps({"setting": setting, "lines": [asdict(r) for r in lines]}))
+    rows = [
+        [r.shape, r.method, f"{r.dense_ms:.1f}", f"{r.method_ms:.1f}", f"{r.ratio:.3f}", f"{r.bytes_per_weight:.2f}"]
+        for r in lines
+    ]
+    notes = [verdict(lines), *(f"{name}: {value}" for name, value in setting.items()), *NOTES]
+    print(table(HEADS, rows), *notes, sep="\n")
+    if not options.quick:
+        record = {**setting, "rule": RULE, "lines": [{**asdict(r), "ratio": r.ratio} for r in lines]}
+        print(f"written to {write_results('training_step', record, HEADS, rows, notes)}")
+        PARTS.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

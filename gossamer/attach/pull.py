@@ -1,0 +1,46 @@
+"""Pull: what draws pruned weights to zero while they keep learning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from .sharded import own, part_of
+
+Args = tuple[Any, ...]
+Pairs = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+
+
+def pull(optimizer: torch.optim.Optimizer, strength: float, pairs: Pairs) -> RemovableHandle:
+    """Before each of the optimizer's steps: grad += strength·(1 − m)⊙w, for every (w, m) that has a gradient.
+
+    So it counts once per step, however many batches, micro-batches or tied layers made the gradient, is not clipped,
+    and then goes the way of every gradient: through momentum or Adam's moments.
+    """
+
+    @torch.no_grad()
+    def add(optimizer: torch.optim.Optimizer) -> None:
+        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales within its step
+        for weight, mask in pairs():
+            if weight.grad is not None:
+                pruned = own(weight).masked_fill(part_of(mask, weight), 0)
+                own(weight.grad).add_(pruned if scale is None else pruned * scale, alpha=strength)
+
+    def before_step(optimizer: torch.optim.Optimizer, args: Args, kwargs: dict[str, Any]) -> tuple[Args, dict] | None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            add(optimizer)
+            return None
+
+        def pulled() -> object:  # the step makes its gradients itself
+            loss = closure()
+            add(optimizer)
+            return loss
+
+        return (args[0], pulled, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
+
+    return optimizer.register_step_pre_hook(before_step)
