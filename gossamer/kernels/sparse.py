@@ -20,6 +20,7 @@ from gossamer.kernels.lowering import group_rows, lower
 
 if TYPE_CHECKING:
     from gossamer.kernels.cpu.int4decode import Int4Product
+    from gossamer.kernels.cpu.narrow import Narrow
     from gossamer.kernels.cpu.stream import Stream
     from gossamer.kernels.cpu.tiledecode import TileProduct
 
@@ -85,6 +86,54 @@ class Spmm:
     def laid_out(self) -> tuple[Tensor, ...]:
         orders = () if self.order_M is None or self.back_M is None else (self.order_M, self.back_M)
         return self.stream.starts_BG, self.stream.indices_E, self.stream.values_EG, *orders
+
+
+@kernel("linear", CSR, RowGrouped, name="narrow", backend="cpu", devices=("cpu",))
+@dataclass(frozen=True)
+class NarrowProduct:
+    """Sparse x dense in bfloat16: pairs of kept columns for the dot product, summed in float32."""
+
+    NOTE = "weights copied in pairs of columns; activations go through panels and back at every call"
+
+    weights: Narrow
+    product: Callable[..., Tensor]
+    there: Callable[[Tensor], Tensor]
+    back: Callable[[Tensor, int, int], Tensor]
+    order_M: Tensor | None = None  # of the stored rows, where it is not their own
+    back_M: Tensor | None = None
+
+    @staticmethod
+    def refuse(call: Call) -> str | None:
+        if call.dtype != torch.bfloat16:
+            return f"narrow multiplies bfloat16, the layer is {call.dtype}"
+        if group_rows(call.fmt) not in (1, 2, 4, 8):
+            return f"narrow groups 1, 2, 4 or 8 rows, the weight groups {group_rows(call.fmt)}"
+        return cannot_run_here("spmm", "narrow_panels")
+
+    @classmethod
+    def prepare(cls, call: Call) -> NarrowProduct:
+        from gossamer.kernels.cpu.narrow import narrow
+        from gossamer.kernels.cpu.spmm_panels import spmm_panels
+        from gossamer.kernels.cpu.tokens import panels_to_rows, rows_to_panels
+
+        order = getattr(call.fmt, "order", None)
+        orders = () if order is None or not order.numel() else (order.long(), order.argsort())
+        return cls(narrow(call.fmt), spmm_panels, rows_to_panels, panels_to_rows, *orders)
+
+    def run(self, x_TK: Tensor, bias_M: Tensor | None, activation: str) -> Tensor:
+        tokens = x_TK.shape[0]
+        x_PKW = self.there(x_TK.float()).bfloat16()
+        if bias_M is not None:
+            bias_M = bias_M.float() if self.order_M is None else bias_M.float().index_select(0, self.order_M)
+        y_PMW = torch.empty(x_PKW.shape[0], self.weights.rows, x_PKW.shape[2], device="cpu", dtype=torch.float32)
+        # One panel need not be computed to its end.
+        self.product(self.weights, x_PKW, bias_M, activation, out=y_PMW, used=tokens if x_PKW.shape[0] == 1 else None)
+        y_TM = self.back(y_PMW, 1, tokens).squeeze(0).bfloat16()
+        return y_TM if self.back_M is None else y_TM.index_select(1, self.back_M)
+
+    def laid_out(self) -> tuple[Tensor, ...]:
+        orders = () if self.order_M is None or self.back_M is None else (self.order_M, self.back_M)
+        return self.weights.starts_G, self.weights.indices_Rd, self.weights.values_Rgd, *orders
 
 
 @kernel("linear", Bitmask, name="decode", backend="cpu", devices=("cpu",))

@@ -25,6 +25,7 @@ PAGES = (
     "guide/scores.md",
     "guide/shrink-schedules.md",
     "guide/training.md",
+    "guide/types.md",
 )
 # Sessions at a prompt, with what they print: tests/laws/test_examples.py runs these (methods.md is
 # made of docstrings). Code that needs assets or minutes

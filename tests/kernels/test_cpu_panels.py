@@ -147,10 +147,10 @@ def test_one_plan_on_four_python_threads():
 
 @pytest.mark.parametrize("vectors", [[4, 4], [13], [3, 3, 1], [1], [7, 7, 7, 7]])
 @pytest.mark.parametrize("workers", [1, 2, 3, 6])
-@pytest.mark.parametrize("together", [1, 2])
-def test_every_vector_of_every_group_is_done_once(vectors, workers, together):
+@pytest.mark.parametrize(("together", "alike"), [(1, True), (2, True), (1, False)])
+def test_every_vector_of_every_group_is_done_once(vectors, workers, together, alike):
     weight, _ = weights(40, 30, 2, 0.4)
-    work = share_out(vectors, 4, together, arrange(weight, 2), workers)
+    work = share_out(vectors, 4, together, arrange(weight, 2), workers, alike=alike)
     done = torch.zeros(len(vectors), max(vectors), weight.groups, dtype=torch.int64)
     for t0, t1, i0, i1 in work.tasks_T4.tolist():
         for panel, first, count in work.tiles_Q3[t0:t1].tolist():

@@ -1,18 +1,25 @@
-"""Sparse products on bfloat16 panels against their twin and float64: odd shapes, poison around, both thread counts."""
+"""Sparse products on bfloat16 and 8-bit panels against their twins: odd shapes, poison around, both thread counts."""
 
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn.functional import conv2d
 
 from gossamer.core.errors import FormatError, UnknownName
 from gossamer.formats import CSR, RowGrouped
 from gossamer.kernels.cpu import narrow_panels
 from gossamer.kernels.cpu.narrow import narrow
+from gossamer.kernels.cpu.narrow_conv import Bordered, narrow_convolution, plan_narrow_convolution
+from gossamer.kernels.cpu.quantise import Quantised, plan_quantise, quantise_panels
 from gossamer.kernels.cpu.spmm_panels import plan_panels, spmm_panels
 from gossamer.kernels.reference import panels_reference
+from gossamer.kernels.reference.quantised import quantise_reference, quantised_reference
+from gossamer.nn import PackedLinear
 from tests.kernels.test_cpu_spmm import threads, weights  # noqa: F401
 from tests.kernels.test_cpu_targets import ON_X86, child
 
@@ -25,11 +32,11 @@ def wake_threads_for_any_work(monkeypatch):
     monkeypatch.setattr(narrow_panels, "GRAIN", 1)
 
 
-def stored(rows, cols, g, density, seed=0):
-    """Random bfloat16 weights whose groups of g rows share their columns."""
+def stored(rows, cols, g, density, seed=0, dtype=torch.bfloat16):
+    """Random weights whose groups of g rows share their columns."""
     draw = torch.Generator().manual_seed(seed)
     mask = (torch.rand(-(-rows // g), cols, generator=draw) < density).repeat_interleave(g, 0)[:rows]
-    return RowGrouped.from_dense(torch.randn(rows, cols, generator=draw).bfloat16(), mask, g=g)
+    return RowGrouped.from_dense(torch.randn(rows, cols, generator=draw).to(dtype), mask, g=g)
 
 
 def guarded(*shape, dtype=torch.bfloat16):
@@ -147,6 +154,16 @@ def test_one_plan_on_four_python_threads():
         assert all(pool.map(run, range(4)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_copies_lay_out_their_own_plans(dtype):
+    weight, x = narrow(stored(20, 30, 4, 0.5), dtype), torch.randn(1, 30, 64)
+    x = x if dtype == torch.int8 else x.bfloat16()
+    y = spmm_panels(weight, x)
+    other = deepcopy(weight)
+    weight.values_Rgd.zero_()
+    assert torch.equal(spmm_panels(other, x), y) and not spmm_panels(weight, x)[0, 0].equal(y[0, 0])
+
+
 def test_last_panel_may_be_used_less_and_nothing_is_fine():
     fmt, x = stored(20, 30, 1, 0.5), torch.randn(3, 30, 64).bfloat16()
     y, _ = guarded(3, 20, 64)
@@ -154,6 +171,146 @@ def test_last_panel_may_be_used_less_and_nothing_is_fine():
     assert within(y[:2], fmt, x[:2], None, "none") and within(y[2:, :, :16], fmt, x[2:, :, :16], None, "none")
     assert bool(y[2, :, 16:].isnan().all())
     assert spmm_panels(narrow(fmt), x[:0]).shape == (0, 20, 64)
+
+
+def same(got, fmt, quantised, bias, activation):
+    """Integer sums are exact, so only the steps after them may round otherwise."""
+    codes, scales = quantised.codes_PKW, quantised.scales_PW
+    want = quantised_reference(fmt.to_dense(), codes, scales, bias, activation)
+    return got.shape == want.shape and bool(torch.isclose(got, want, rtol=2e-6, atol=2e-6).all())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.tuples(st.integers(1, 40), st.integers(1, 120), st.integers(1, 3), st.integers(1, 150)),
+    st.sampled_from((1, 4)),
+    st.sampled_from((0.0, 0.1, 0.5, 1.0)),
+    st.sampled_from(("relu", "gelu")),
+    st.integers(1, 2),
+)
+def test_8_bits_match_their_twin_inside_poison(size, g, density, activation, workers):
+    rows, cols, panels, used = size
+    width = -(-used // 64) * 64
+    fmt, bias = stored(rows, cols, g, density, dtype=torch.float32), torch.randn(rows)
+    x = quantise_panels(torch.randn(panels, cols, width))
+    x.scales_PW[:, used:] = torch.nan
+    y, sides = guarded(panels, rows, width, dtype=torch.float32)
+    plan = plan_panels(
+        narrow(fmt, torch.int8), panels=panels, width=width, used=used, activation=activation, threads=workers
+    )
+    plan.run(x.codes_PKW.data_ptr(), y.data_ptr(), bias.data_ptr(), x.scales_PW.data_ptr())
+    real = Quantised(x.codes_PKW[..., :used], x.scales_PW[:, :used])
+    assert same(y[..., :used], fmt, real, bias, activation)
+    assert all(bool(side.isnan().all()) for side in sides)
+    assert bool(y[..., -(-used // 16) * 16 :].isnan().all())
+
+
+@pytest.mark.parametrize("g", [1, 2, 4, 8])
+@pytest.mark.parametrize("used", [16, 48, 64, 80, 96, 196])
+def test_every_tile_width_in_8_bits(g, used, threads):  # noqa: F811
+    fmt = stored(70, 90, g, 0.3, dtype=torch.float32)
+    x = torch.randn(2, 90, -(-used // 64) * 64)
+    y = spmm_panels(narrow(fmt, torch.int8), x, None, "relu", used=used)[..., :used]
+    quantised = quantise_panels(x)
+    real = Quantised(quantised.codes_PKW[..., :used], quantised.scales_PW[:, :used])
+    assert same(y, fmt, real, None, "relu")
+
+
+def test_largest_sums_of_8_bits_do_not_saturate():
+    fmt = CSR.from_dense(torch.ones(1, 4000))
+    x = torch.ones(1, 4000, 64)
+    x[..., 1::2] = -1
+    y = spmm_panels(narrow(fmt, torch.int8), x)
+    assert torch.allclose(y[0, 0, 0::2], torch.tensor(4000.0)) and torch.allclose(y[0, 0, 1::2], torch.tensor(-4000.0))
+
+
+@pytest.mark.parametrize("used", [64, 100, 128])
+def test_quantised_panels_match_their_twin(used, threads, monkeypatch):  # noqa: F811
+    from gossamer.kernels.cpu import quantise
+
+    monkeypatch.setattr(quantise, "GRAIN", 1)
+    x = torch.randn(3, 70, 128) * torch.logspace(-3, 3, 128)
+    x[1, :, 5] = 0.0
+    x[..., used:] = torch.nan
+    got, want = quantise_panels(x, used), quantise_reference(x[..., :used])
+    assert torch.equal(got.codes_PKW[..., :used], want[0]) and torch.equal(got.scales_PW[:, :used], want[1])
+    back = got.scales_PW[:, None, :used] * (got.codes_PKW[..., :used].float() - 128)
+    error = (back - x[..., :used]).abs() - 0.501 * got.scales_PW[:, None, :used]
+    assert float(error.max()) <= 0
+
+
+def test_a_position_that_is_not_finite_has_no_scale_and_gives_nan():
+    fmt, x = stored(8, 10, 4, 0.5, dtype=torch.float32), torch.randn(1, 10, 64)
+    x[0, 3, 7], x[0, 2, 9] = torch.inf, torch.nan
+    codes, scales = torch.empty(1, 10, 64, dtype=torch.uint8), torch.empty(1, 64)
+    plan_quantise(panels=1, features=10, width=64).run(x.data_ptr(), codes.data_ptr(), scales.data_ptr())
+    assert scales.isnan().nonzero().tolist() == [[0, 7], [0, 9]]
+    y = torch.empty(1, 8, 64)
+    plan = plan_panels(narrow(fmt, torch.int8), panels=1, width=64, threads=1)
+    plan.run(codes.data_ptr(), y.data_ptr(), 0, scales.data_ptr())
+    assert torch.equal(y.isnan(), scales.isnan()[:, None].expand_as(y))
+    for call in (
+        lambda: quantise_panels(x),
+        lambda: spmm_panels(narrow(fmt, torch.int8), x),
+        lambda: spmm_panels(narrow(fmt, torch.int8), Quantised(codes, scales)),
+    ):
+        with pytest.raises(FormatError, match="no finite scale"):
+            call()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.tuples(st.integers(1, 20), st.integers(1, 12), st.integers(1, 20), st.integers(1, 20), st.integers(0, 2)),
+    st.sampled_from((1, 4)),
+    st.sampled_from((0.0, 0.3, 1.0)),
+    st.sampled_from(tuple(LIMITS)),
+    st.integers(1, 2),
+)
+def test_convolutions_match_torch_inside_poison(size, g, density, dtype, workers):
+    rows, channels, high, wide, border = size
+    place, kernel = Bordered(high, wide, border), 2 * border + 1
+    fmt, bias = stored(rows, channels * kernel**2, g, density), torch.randn(rows)
+    x, y = (guarded(n, place.plane, dtype=d) for n, d in ((channels, torch.bfloat16), (rows, dtype)))
+    x[0].zero_(), y[0].zero_()
+    place.pixels(x[0]).copy_(torch.randn(channels, high, wide))
+    weight = narrow_convolution(fmt, place)
+    plan = plan_narrow_convolution(weight, place, activation="relu", out_dtype=dtype, threads=workers)
+    plan.run(x[0].data_ptr(), y[0].data_ptr(), bias.data_ptr())
+    w = fmt.to_dense().double().view(rows, channels, kernel, kernel)
+    image = place.pixels(x[0]).double()
+    want = conv2d(image[None], w, bias.double(), padding=border)[0].relu()
+    total = conv2d(image[None].abs(), w.abs(), padding=border)[0] + 1
+    error = (place.pixels(y[0]) - want).abs()
+    assert bool((error <= LIMITS[dtype] * want + LIMITS[torch.float32] * total).all())
+    assert all(bool(side.isnan().all()) for side in y[1])
+    place.pixels(y[0]).zero_()
+    assert not y[0].any()
+
+
+def test_a_bordered_image_has_room_for_what_is_read_and_written():
+    for high, wide, border in ((1, 1, 0), (1, 1, 3), (28, 28, 1), (5, 31, 2)):
+        place = Bordered(high, wide, border)
+        read = -(-place.span // 16) * 16 + 2 * border * (place.line + 1)
+        assert read <= place.plane and place.mask().neg().sum() == high * wide
+    with pytest.raises(FormatError, match="multiple of 9"):
+        narrow_convolution(stored(4, 10, 1, 0.5), Bordered(4, 4, 1))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 17, 64, 130])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_packed_layers_run_it_and_follow_their_values(tokens, scattered, threads):  # noqa: F811
+    rows = torch.randperm(24, generator=torch.Generator().manual_seed(3)) if scattered else torch.arange(24)
+    w = stored(24, 40, 4, 0.3).to_dense()[rows]
+    layer = nn.Linear(40, 24).bfloat16()
+    layer.weight.data.copy_(w)
+    packed = PackedLinear.from_linear(layer, RowGrouped, backend="cpu", activation="relu").eval()
+    assert packed.plan.kernel == "cpu/narrow" and bool(packed.fmt.order.numel()) == scattered
+    x = torch.randn(2, tokens, 40).bfloat16()
+    with torch.inference_mode():
+        for factor in (1, 2):
+            want = (x.float() @ (factor * w.float()).t() + layer.bias.float()).relu()
+            torch.testing.assert_close(packed(x).float(), want, rtol=2.0**-8, atol=1e-5)
+            packed.values.mul_(2)
 
 
 RUN = """
@@ -170,6 +327,12 @@ for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
     want = panels_reference(fmt, x, bias, "relu", torch.float32)[..., :100]
     assert (y.float() - want).abs().max() < limit, dtype
     assert dtype == torch.float32 or float((y - want.bfloat16()).abs().gt(0).float().mean()) < 0.02
+
+from gossamer.kernels.cpu.quantise import quantise_panels
+from gossamer.kernels.reference.quantised import quantised_reference
+fmt, x = RowGrouped.from_dense(torch.randn(45, 70), mask, g=4), quantise_panels(torch.randn(2, 70, 128))
+want = quantised_reference(fmt.to_dense(), x.codes_PKW, x.scales_PW, bias, "relu")
+assert (spmm_panels(narrow(fmt, torch.int8), x, bias, "relu") - want).abs().max() < 1e-5
 """
 
 
@@ -183,7 +346,12 @@ def test_wrong_inputs_are_refused_by_name():
     fmt, x = stored(8, 8, 1, 0.5), torch.randn(2, 8, 32).bfloat16()
     weight = narrow(fmt)
     for call, words in [
-        (lambda: narrow(RowGrouped.from_dense(torch.ones(4, 4))), "take bfloat16 weights"),
+        (lambda: narrow(RowGrouped.from_dense(torch.ones(4, 4))), "convert it with .bfloat16"),
+        (lambda: narrow(RowGrouped.from_dense(torch.ones(4, 4)), torch.float16), "bfloat16 or int8"),
+        (lambda: narrow(CSR.from_dense(torch.tensor([[1.0, torch.inf]])), torch.int8), "not finite"),
+        (lambda: narrow(CSR.from_dense(torch.ones(1, 70_000)), torch.int8), "at most 65536"),
+        (lambda: spmm_panels(narrow(fmt, torch.int8), torch.randn(2, 8, 32)), "multiple of 64"),
+        (lambda: spmm_panels(narrow(fmt, torch.int8), x), "x must be"),
         (lambda: narrow(RowGrouped.from_dense(torch.ones(3, 4).bfloat16(), g=3)), "by 3"),
         (lambda: spmm_panels(weight, x[:, :7]), "x must be"),
         (lambda: spmm_panels(weight, x.float()), "x must be"),
@@ -193,7 +361,10 @@ def test_wrong_inputs_are_refused_by_name():
         (lambda: spmm_panels(weight, x, residual_PMW=x), "no residual"),
         (lambda: spmm_panels(weight, x, used=33), "used positions"),
         (lambda: spmm_panels(weight, x[..., :16].contiguous()), "multiple of 32"),
-        (lambda: plan_panels(weight, panels=1, width=32, out_dtype=torch.float16, threads=1), "write bfloat16 or"),
+        (
+            lambda: plan_panels(weight, panels=1, width=32, out_dtype=torch.float16, threads=1),
+            "bfloat16 or torch.float32",
+        ),
         (
             lambda: plan_panels(weights(4, 4, 1, 1.0)[0], panels=1, width=32, out_dtype=torch.bfloat16, threads=1),
             "float32 weights write",

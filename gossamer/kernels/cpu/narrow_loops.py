@@ -1,7 +1,7 @@
-"""Products in bfloat16 on panels: what one thread does, in Numba.
+"""Products in bfloat16 and 8-bit integers on panels: what one thread does, in Numba.
 
 A task is (tiles of positions, a run of row groups); shares and tiles are those of `resident`. Columns are not cut into
-blocks: sums never leave their registers, and a panel of half the size stays in the caches for longer.
+blocks: sums never leave their registers, and a panel of half or a quarter of the size stays in the caches for longer.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import functools
 from gossamer.kernels.cpu.cache import compile_kernel
 from gossamer.kernels.cpu.lanes import address_of, get, get_i32, take_many, thread_number
 from gossamer.kernels.cpu.launch import ADDRESSES, NEXT
-from gossamer.kernels.cpu.narrow_tiles import narrow_tile
+from gossamer.kernels.cpu.narrow_tiles import WAYS, narrow_tile
 from gossamer.kernels.cpu.target import lanes
 from gossamer.kernels.cpu.threads import Entry
 
 LANES = lanes()
 
+# Byte offset of each argument. A plan of bfloat16 passes a zero for X_SCALES as the first of the fixed numbers.
 (
-    X, Y, BIAS,
-    SHARES, SHARE_STARTS, TASKS, TILES, X_ROW, Y_ROW, X_PANEL, Y_PANEL, ROWS, STARTS, INDICES, VALUES, ZERO, WHO,
-) = range(ADDRESSES, ADDRESSES + 8 * 17, 8)  # fmt: skip
+    X, Y, BIAS, X_SCALES,
+    SHARES, SHARE_STARTS, TASKS, TILES, UNIT, Y_ROW, X_PANEL, Y_PANEL, SCALE_PANEL, ROWS, STARTS, INDICES, VALUES,
+    OFFSETS, SCALES, SHIFT, MASK, ZERO, WHO,
+) = range(ADDRESSES, ADDRESSES + 8 * 23, 8)  # fmt: skip
 
 
 def widest(g: int) -> int:
@@ -31,15 +33,17 @@ def widest(g: int) -> int:
 
 
 @functools.cache
-def kernel(native: int, g: int, index_bytes: int, code: int, out_bytes: int) -> Entry:
-    """The compiled product: `native` with the dot product, 2- or 4-byte indices and results."""
-    N, G, B, C, S, L, W = native, g, index_bytes, code, out_bytes, LANES, widest(g)
+def kernel(way: int, g: int, index_bytes: int, code: int, out_bytes: int, masked: int) -> Entry:
+    """The compiled product: `way` as in `narrow_tiles.WAYS`, 2- or 4-byte indices and results."""
+    N, G, B, C, S, L, W, M = way, g, index_bytes, code, out_bytes, LANES, widest(g), masked
+    BYTES = WAYS[way].BYTES
 
     def narrow_kernel(pointer):
         args = address_of(pointer)
         shares, share_starts = get(args + SHARES), get(args + SHARE_STARTS)
-        rows, x_row, y_row = get(args + ROWS), get(args + X_ROW), get(args + Y_ROW)
+        rows, unit, y_row = get(args + ROWS), get(args + UNIT), get(args + Y_ROW)
         indices, values, bias, bias_step = get(args + INDICES), get(args + VALUES), get(args + BIAS), 4
+        offsets, scales = get(args + OFFSETS), get(args + SCALES)
         if bias == 0:
             bias, bias_step = get(args + ZERO), 0
         # A thread begins with the same share of the positions in every layer, which its own caches still hold.
@@ -57,17 +61,20 @@ def kernel(native: int, g: int, index_bytes: int, code: int, out_bytes: int) -> 
             for t in range(t0, t1):
                 at = get(args + TILES) + 12 * t
                 panel, first, wide = get_i32(at), L * get_i32(at + 4), get_i32(at + 8)
-                x = get(args + X) + panel * get(args + X_PANEL) + 2 * first
-                y = get(args + Y) + panel * get(args + Y_PANEL) + S * first
+                x = get(args + X) + panel * get(args + X_PANEL) + BYTES * first
+                y = get(args + Y) + panel * get(args + Y_PANEL) + S * first + get(args + SHIFT)
+                mask = get(args + MASK) + 4 * first
+                by = get(args + X_SCALES) + panel * get(args + SCALE_PANEL) + 4 * first
                 s = get_i32(get(args + STARTS) + 4 * i0)
                 for i in range(i0, i1):
                     e = get_i32(get(args + STARTS) + 4 * i + 4)
-                    to, add, here = y + i * G * y_row, bias + i * G * bias_step, rows - i * G
+                    to, add, here, at = y + i * G * y_row, bias + i * G * bias_step, rows - i * G, 4 * i * G
                     narrow_tile(
-                        N, G, W, L, B, C, S, wide, e, s, indices, values, x, x_row, to, y_row, here, add, bias_step
-                    )
+                        N, G, W, L, B, C, S, M, wide, e, s, indices, values, x, unit, to, y_row, here, add, bias_step,
+                        offsets + at, scales + at, by, mask,
+                    )  # fmt: skip
                     s = e
 
     return Entry(
-        compile_kernel(narrow_kernel, f"bfloat16 sparse product, groups of {g}, {8 * index_bytes}-bit indices")
+        compile_kernel(narrow_kernel, f"{8 * BYTES}-bit sparse product, groups of {g}, {8 * index_bytes}-bit indices")
     )

@@ -37,7 +37,9 @@ class Work:
     together: int
 
 
-def share_out(vectors: list[int], wide: int, together: int, arranged: Arranged, threads: int) -> Work:
+def share_out(
+    vectors: list[int], wide: int, together: int, arranged: Arranged, threads: int, *, alike: bool = True
+) -> Work:
     """Give every share as many vectors of positions, the same ones for any weights.
 
     Args:
@@ -46,6 +48,7 @@ def share_out(vectors: list[int], wide: int, together: int, arranged: Arranged, 
         together: tiles of a task that share each block of weights.
         arranged: the weights, whose rows are cut where shares are uneven.
         threads: how many will work.
+        alike: tiles about equally wide; False: as wide as they can be, and one that is left over.
     """
     shares, total, tiles, tasks, starts = min(threads, MOST_SHARES), sum(vectors), [], [], [0]
     even = threads == shares and -(-total // shares) * shares <= _UNEVEN * total
@@ -53,7 +56,7 @@ def share_out(vectors: list[int], wide: int, together: int, arranged: Arranged, 
     together = max(together, -(-total * len(cuts) // _MOST_TASKS))
     for share in range(shares):
         first = len(tiles)
-        tiles += _tiles(vectors, wide, share * total // shares, (share + 1) * total // shares)
+        tiles += _tiles(vectors, wide, share * total // shares, (share + 1) * total // shares, alike)
         spans = [(t, min(t + together, len(tiles))) for t in range(first, len(tiles), together)]
         tasks += [(*span, i, j) for span in spans for i, j in zip(cuts, cuts[1:]) if i < j]
         starts.append(len(tasks))
@@ -71,14 +74,16 @@ def _table(rows: list[tuple], columns: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32).reshape(-1, columns)
 
 
-def _tiles(vectors: list[int], wide: int, begin: int, end: int) -> list[tuple[int, int, int]]:
+def _tiles(vectors: list[int], wide: int, begin: int, end: int, alike: bool = True) -> list[tuple[int, int, int]]:
     """Tiles of vectors begin..end, counted over all panels; none straddles two panels."""
     tiles, before = [], 0
     for panel, count in enumerate(vectors):
         low, high = max(begin - before, 0), min(end - before, count)
         pieces = -(-(high - low) // wide)
         for p in range(pieces):
-            v0, v1 = low + p * (high - low) // pieces, low + (p + 1) * (high - low) // pieces
+            v0, v1 = low + p * wide, min(high, low + (p + 1) * wide)
+            if alike:
+                v0, v1 = low + p * (high - low) // pieces, low + (p + 1) * (high - low) // pieces
             tiles.append((panel, v0, v1 - v0))
         before += count
     return tiles

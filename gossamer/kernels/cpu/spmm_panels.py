@@ -16,6 +16,7 @@ from gossamer.kernels.cpu.launch import Launch, launch
 from gossamer.kernels.cpu.narrow import Narrow
 from gossamer.kernels.cpu.narrow_panels import multiply, plan_narrow
 from gossamer.kernels.cpu.plan import remember
+from gossamer.kernels.cpu.quantise import Quantised
 from gossamer.kernels.cpu.shares import Work, share_of, share_out
 from gossamer.kernels.cpu.stream import Stream
 from gossamer.kernels.cpu.target import lanes
@@ -60,7 +61,8 @@ def plan_panels(
 ) -> Launch:
     """Lay out y = act(W x + b + residual) on panels x [P, K, W], y and residual [P, M, W].
 
-    The weights' dtype decides: float32 streams read float32 panels, `Narrow` weights bfloat16 ones, without residual.
+    The weights' dtype decides: float32 streams read float32 panels, `Narrow` weights bfloat16
+    ones or codes and scales (see `narrow_panels.plan_narrow`), without residual.
     The plan runs on the addresses of x, y, bias (0 for none) and, with `residual`, of the residual. All start on
     64-byte boundaries. The residual may be y itself; x may not.
 
@@ -72,7 +74,7 @@ def plan_panels(
         used_last: the same for the last panel; `used` when None.
         activation: "none", "relu", "relu6", "hard_swish", "gelu" (erf), "gelu_tanh" or "silu".
         residual: whether a residual is added before the activation.
-        out_dtype: of y; bfloat16 weights write bfloat16 (the default) or float32, float32 weights float32.
+        out_dtype: of y; bfloat16 weights write bfloat16 (the default) or float32, others float32.
         threads: at most this many; fewer where the work does not pay for them.
 
     Raises:
@@ -87,7 +89,7 @@ def plan_panels(
         _no_residual(residual)
         return plan_narrow(
             stream, panels=panels, width=width, used=used, used_last=used_last, activation=activation,
-            out_dtype=out_dtype or torch.bfloat16, threads=threads,
+            out_dtype=out_dtype, threads=threads,
         )  # fmt: skip
     if out_dtype not in (None, torch.float32):
         raise FormatError(f"float32 weights write float32, got out_dtype {out_dtype}; take bfloat16 weights")
@@ -99,7 +101,7 @@ def plan_panels(
 
 def _no_residual(given: bool) -> None:
     if given:
-        raise FormatError("bfloat16 products add no residual; add it to y, or take float32 weights")
+        raise FormatError("products of narrow weights add no residual; add it to y, or take float32 weights")
 
 
 def _check(panels: int, width: int, used: int, used_last: int) -> None:
@@ -190,7 +192,7 @@ def _refresh(stream: Stream) -> None:
 
 def spmm_panels(
     stream: Stream | Narrow,
-    x_PKW: Tensor,
+    x_PKW: Tensor | Quantised,
     bias_M: Tensor | None = None,
     activation: str = "none",
     residual_PMW: Tensor | None = None,
@@ -201,7 +203,8 @@ def spmm_panels(
 
     Args:
         stream: the weights W [M, K]; their dtype is that of x.
-        x_PKW: float32 [P, K, W], contiguous, W a multiple of 16, 64-byte aligned; or bfloat16, W a multiple of 32.
+        x_PKW: float32 [P, K, W], contiguous, W a multiple of 16, 64-byte aligned; or bfloat16, W a multiple of 32; or
+            for int8 weights `quantise_panels(x)` or float32 panels to be quantised so, W a multiple of 64.
         bias_M: float32 [M].
         activation: as in `plan_panels`.
         residual_PMW: float32 [P, M, W], added before the activation; may be `out`.
