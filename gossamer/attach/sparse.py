@@ -160,6 +160,8 @@ def refuse_what_is_not_linear(
             )
     if sparsifier.shrink is not hard or sparsifier.explore:
         raise TargetError(f"{sparsifier.name!r} lets pruned weights learn, so they must exist; use backend='masked'")
+    if sparsifier.backward is not None:
+        raise TargetError(f"{sparsifier.name!r} has a second support for the backward pass; use backend='masked'")
     if optimizer is None and not isinstance(sparsifier.policy, OneShot):
         raise TargetError(f"{sparsifier.name!r} changes how many weights a layer holds; pass optimizer=")
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -23,6 +23,9 @@ METHODS = {
     "static": {"density": 0.25},
     "gradual_magnitude": RUN,
     "topkast": {"density": 0.25, "every": 2},
+    "sr_ste": {"pattern": "2:4", "pull": 0.1},
+    "bdwp": {"pattern": "2:4", "pull": 0.1},
+    "decaying_mask": {"pattern": "2:4", "total_steps": STEPS},
 }
 SHARDED = tuple(m for m in METHODS if m != "topkast")  # which says that it cannot
 HARD = ("rigl", "set", "static", "gradual_magnitude")  # pruned weights are zero, in the others they live on

@@ -14,7 +14,8 @@ from gossamer.integrations import lightning_callback, trainer_callback
 
 OPTIONS = {"density": 0.25, "every": 2}
 METHODS = ("rigl", "set", "gradual_magnitude")
-WITHIN = {"topkast": {"density": 0.25, "every": 2}}  # these add to gradients within the optimizer's step
+# These add to gradients within the optimizer's step.
+WITHIN = {"topkast": {"density": 0.25, "every": 2}, "sr_ste": {"pattern": "2:4", "pull": 0.1}}
 BOTH = pytest.mark.parametrize("backend", ["masked", "sparse"])
 X = torch.randn(48, 8, generator=torch.Generator().manual_seed(3))
 

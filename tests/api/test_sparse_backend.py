@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 import gossamer
+from gossamer.core import Pattern, get_method
 from gossamer.core.errors import TargetError, UnknownName
 from gossamer.nn import SparseLinear
 
@@ -136,6 +139,11 @@ def test_what_cannot_be_sparse_is_refused_and_nothing_is_changed():
         gossamer.attach(nn.Sequential(nn.Linear(8, 8).bfloat16()), "static", **refused)
     with pytest.raises(TargetError, match="optimizer="):
         gossamer.attach(model, "gradual_magnitude", targets=["2"], total_steps=9, **refused)
+    two_way = replace(get_method("magnitude")(density=0.5), backward=Pattern("[o i]"))
+    with pytest.raises(TargetError, match="second support"):
+        gossamer.attach(model, two_way, targets=["2"], backend="sparse")
+    with pytest.raises(TargetError, match="lets pruned weights learn"):
+        gossamer.attach(model, "sr_ste", pull=0.0, targets=["2"], backend="sparse")
     with pytest.raises(UnknownName, match="sparse"):
         gossamer.attach(model, "static", density=0.1, backend="sparsse")
     assert type(model[2]) is nn.Linear
