@@ -72,7 +72,7 @@ def test_bands_give_the_same_bits_as_one_thread(high, wide, channels, kernel, st
     sequence_of(*alone, 1).run([])
     launches, buffers = chain_of(high, wide, channels, kernel, stride, activation, workers)
     chain = sequence_of(launches, buffers, workers)
-    pixels = launches[2].bands.pixels
+    pixels = math.prod(Window((kernel, kernel), (stride, stride), (kernel // 2,) * 4).output(high, wide))
     want = alone[1][3][..., :pixels]
     assert want.isfinite().all()
     for _ in range(3):
@@ -101,7 +101,7 @@ def test_many_planes_of_few_pixels(high, wide, kernel, top):
     torch.testing.assert_close(y[..., :pixels], want, rtol=1e-4, atol=1e-4)
     assert y[..., pixels:].isnan().all()
     whole = y.clone()
-    for threads in (2, 3):
+    for threads in (2, 3) if launch.bands else ():
         y.fill_(torch.nan)
         for first, last in itertools.pairwise(launch.bands.edges(threads)):
             fixed = launch.bands.part(first, last).fixed

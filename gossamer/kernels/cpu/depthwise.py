@@ -24,6 +24,8 @@ from gossamer.kernels.cpu.window import Window
 WALK, STRIDE, FOLD, FLAT, SLIDE = range(5)
 # `flat` is compiled for one size of image of so few vectors: where there are many planes of it.
 _FEW, _MANY = 4, 64
+# Larger kernels take so long to begin a plane that threads take planes rather than lines (measured).
+_BANDED_TAPS = 9
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def _way(window: Window, planes: int, high: int, wide: int, adding: bool) -> _Wa
         # Taps of `stride` stand at most one output aside.
         steps.append((2, 2))
     if plain and window.stride in steps and (narrow or rest == 0 or rest >= max(left, right)):
-        return _Way(WALK if window.stride == (1, 1) else STRIDE, kw, left, right, int(narrow), int(adding))
+        whole_lines = narrow + (narrow and wide <= lanes())
+        return _Way(WALK if window.stride == (1, 1) else STRIDE, kw, left, right, whole_lines, int(adding))
     return _Way(SLIDE, int(window.stride[1] == 1), 0, 0, 0, int(adding))
 
 
@@ -134,7 +137,9 @@ def plan_depthwise(
         threads=threads,
         scratch_bytes=scratch * threads,
         holds=(weight, nothing, masks),
-        bands=Bands(work, out_high * out_wide, unit, scratch, part) if images == 1 else None,
+        bands=Bands(work, out_high * out_wide, unit, scratch, part)
+        if images == 1 and window.taps <= _BANDED_TAPS
+        else None,
     )
 
 

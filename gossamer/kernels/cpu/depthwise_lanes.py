@@ -65,7 +65,8 @@ def walk(
     """Output columns column.. of one plane, `vectors` of them, for a square kernel of stride 1.
 
     Wide images end in a full vector that may overlap its neighbour, so that only taps that reach over the edge need
-    a mask; narrow ones (out_wide < lanes) mask everything. `left` and `right` are the padding there.
+    a mask; narrow ones (out_wide < lanes) mask everything, and where a vector holds a whole line (`narrow` is 2) it
+    is loaded once and moved by lanes for the other taps. `left` and `right` are the padding there.
     """
     K, left_, right_, V, L, small, adding = (
         t.literal_value for t in (kernel, left, right, vectors, lanes, narrow, add)
@@ -106,10 +107,15 @@ def walk(
         loop = _Loop(b, _n(0), high, 1, fresh * V * K)
         sums = list(loop.values)
         line = b.add(x, b.mul(b.mul(loop.i, wide), _n(4)))
+        whole = _masked_load(b, line, columns_inside(b, _n(0), wide, L), L) if small == 2 else None
         for j in range(K):
             for v in range(V):
                 at, mask = b.add(line, b.add(offsets[v], _n(4 * j))), masks[v][j]
-                taken = _load(b, at, kind, 4) if mask is None else _masked_load(b, at, mask, L)
+                if whole is not None:
+                    columns = (lane + j - left_ for lane in range(L))
+                    taken = b.shuffle_vector(whole, zero, _mask([c if 0 <= c < L else L for c in columns]))
+                else:
+                    taken = _load(b, at, kind, 4) if mask is None else _masked_load(b, at, mask, L)
                 for i in range(K):
                     k = (K - 1 - i) * size + v * parts + j % parts
                     sums[k] = b.call(fma, [weights[i][j], taken, sums[k]])
