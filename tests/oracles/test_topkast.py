@@ -126,6 +126,24 @@ def test_the_penalty_counts_once_per_step():
     torch.testing.assert_close(moved(1), moved(1, scale=1024.0))
 
 
+def test_without_exploring_whatever_was_never_used_keeps_its_first_value():
+    model = net()
+    start_values, _ = numbers(model)
+    opt, handle = start(model, backward_density=0.2, penalty=0.05, every=1)
+    used = {n: s.kept.clone() for n, s in handle.supports().items()}
+    first = copy.deepcopy(used)
+    for t in range(12):
+        train(model, opt, handle, range(t, t + 1))
+        for n, support in handle.supports().items():
+            assert support == handle.learning()[n]
+            used[n] |= support.kept
+    assert any(not torch.equal(used[n], first[n]) for n in used)
+    for n, ever in used.items():
+        original = model[int(n)].parametrizations.weight.original.detach()
+        assert torch.equal(original[~ever], torch.from_numpy(start_values[n])[~ever])
+    assert handle.report().flops.backward == handle.report().flops.forward * 2
+
+
 def test_the_work_counts_what_learns():
     model = net()
     opt, handle = start(model)
