@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,10 +19,11 @@ from torch.utils import _pytree as pytree
 
 from ..core.errors import GossamerError
 from ..deploy.examples import Example
+from .unfit import unfit
 
 # A size is a number, or a symbol that stands for the same open size wherever it appears.
 Shape = tuple[int | str, ...]
-_TENSOR = "<tensor>"
+_TENSOR = object()
 
 
 class CaptureError(GossamerError):
@@ -45,7 +46,7 @@ class Call:
 
     @classmethod
     def of(cls, args: tuple, kwargs: Mapping[str, object]) -> Call:
-        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        leaves, spec = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         return cls(tensors, spec, tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves))
 
@@ -74,6 +75,7 @@ class Captured:
         ranges: least and greatest value of each open size.
         call: the call that was followed.
         out_spec: how the outputs nest.
+        guards: called with the inputs, raises where the model took another way for sizes like these.
     """
 
     graph: fx.Graph
@@ -83,6 +85,7 @@ class Captured:
     ranges: dict[str, tuple[int, int]]
     call: Call
     out_spec: pytree.TreeSpec
+    guards: Callable[..., object] | None = None
 
     def refuse(self, call: Call) -> str | None:
         """Why this graph does not compute a call; None when it does."""
@@ -96,12 +99,24 @@ class Captured:
                 return f"{name} has shape {list(tensor.shape)}, captured was {list(shape)}"
         return None
 
+    def decides(self, call: Call) -> str | None:
+        """What about the sizes of a call would make the model take another way; None when nothing does."""
+        if self.guards is None:
+            return None
+        try:
+            self.guards(*_flat(call))
+        except AssertionError as error:
+            return f"the model takes another way for these sizes ({error})"
+        return None
+
     def _fits(self, sizes: dict[str, int]):
         def fits(got: int, want: int | str) -> bool:
             if not isinstance(want, str):
                 return got == want
             low, high = self.ranges.get(want, (0, 1 << 62))
-            return min(low, 1) <= got <= high and got == sizes.setdefault(want, got)
+            # The exporter starts open sizes at two; any other least size is the model's own.
+            low = 1 if low == 2 else low
+            return low <= got <= high and got == sizes.setdefault(want, got)
 
         return fits
 
@@ -110,9 +125,13 @@ def capture(model: nn.Module, call: Call) -> Captured:
     """Follow one call of the model. Sizes that the model does not fix stay open.
 
     Raises:
-        CaptureError: the model cannot be exported; the reason is given.
+        CaptureError: the model cannot be exported, or does what a list of kernel calls cannot; the reason is given.
     """
+    if not call.tensors:
+        raise CaptureError(f"the example of {type(model).__name__} holds no tensor; compile with the tensors it takes")
     exported, followed = _export(model, call)
+    if (reason := unfit(exported)) is not None:
+        raise CaptureError(f"{type(model).__name__} {reason}; run it layer by layer, as `pack` leaves it")
     inputs, constants = [], {}
     for spec in exported.graph_signature.input_specs:
         name = spec.arg.name
@@ -130,6 +149,7 @@ def capture(model: nn.Module, call: Call) -> Captured:
         ranges=_ranges(exported),
         call=followed,
         out_spec=exported.call_spec.out_spec,
+        guards=_guards(exported),
     )
 
 
@@ -198,9 +218,23 @@ def _ranges(exported) -> dict[str, tuple[int, int]]:
     unlimited = 1 << 62
     found = {}
     for symbol, limits in exported.range_constraints.items():
-        # Infinity compares but does not convert.
-        found[str(symbol)] = (int(limits.lower), int(limits.upper) if limits.upper < unlimited else unlimited)
+        # Infinity compares but does not convert; numbers read from tensors have it below, too.
+        low, high = (int(x) if -unlimited < x < unlimited else None for x in (limits.lower, limits.upper))
+        found[str(symbol)] = (low or 0, unlimited if high is None else high)
     return found
+
+
+def _guards(exported) -> Callable[..., object] | None:
+    """What the model decided by its sizes, as a function that raises AssertionError for others."""
+    if found := getattr(exported, "_guards_code", None):
+        # That two sizes differ is what the exporter's own shortcuts note, for a table used to its end, say.
+        found[:] = [guard for guard in found if "!=" not in guard]
+    return getattr(exported.module(), "_guards_fn", None)
+
+
+def _flat(call: Call) -> list[object]:
+    """All values of a call, as the exporter's guards take them."""
+    return pytree.tree_leaves(call.arguments())
 
 
 def _constant(exported, target: str) -> Tensor:

@@ -22,10 +22,11 @@ from .layouts import Tokens
 from .operators import Attention, Combine, GlobalPool, Norm, Pool, Product, Rotary
 from .passes import simplify
 from .plan import Plan, Recorder, Value
+from .shelf import Shelf
 from .weights import Weights
 
-# Plans kept at rest per set of shapes, and sets of shapes kept: each plan owns memory for its activations.
-MOST_AT_REST, MOST_SHAPES = 4, 32
+# Plans kept at rest per set of shapes, sets of shapes, and bytes of all plans: each owns memory for its activations.
+MOST_AT_REST, MOST_SHAPES, MOST_BYTES = 4, 32, 1 << 30
 # Plans whose runs are this short are tried on one thread, too.
 SHORT_SECONDS = 5e-3
 
@@ -48,7 +49,9 @@ def compile(model: nn.Module, example: Example, *, remeasure: bool = False) -> C
         A module to call like the model, for inference on the CPU in float32. `.explain()` shows the plan.
 
     Raises:
-        CaptureError: the model cannot be followed as one graph.
+        CaptureError: the model cannot be followed as one graph, or draws random numbers, writes its own buffers, or
+            makes tensors whose sizes depend on values.
+        GossamerError: the model or the example is not on the CPU.
         NonFiniteError: a weight holds NaN or infinity.
 
     Departs from `torch.compile`: no compiler is called, weights are constants, and sparse ones pay.
@@ -57,14 +60,14 @@ def compile(model: nn.Module, example: Example, *, remeasure: bool = False) -> C
         >>> fast = compile(model, batch)  # doctest: +SKIP
         >>> fast(**batch)  # doctest: +SKIP
     """
-    model = _plain(model)
     call = Call.of_example(example)
+    _need_cpu(model, call)
+    model = _plain(model)
     args, kwargs = call.arguments()
     with torch.no_grad():
-        want = [t for t in tensors(model(*args, **kwargs))]
-    captured = capture(model, call)
-    compiled = Compiled(captured, type(model).__name__, remeasure=remeasure)
-    got = [t for t in tensors(compiled(*args, **kwargs))]
+        want = list(tensors(model(*args, **kwargs)))
+    compiled = Compiled(capture(model, call), type(model).__name__, remeasure=remeasure)
+    got = list(tensors(compiled(*args, **kwargs)))
     off = difference(got, want)
     if off > 10 * TOLERANCE[torch.float32]:
         raise CaptureError(f"the compiled {type(model).__name__} is off by {off:.1e} on the example; run it as it is")
@@ -75,9 +78,17 @@ def _plain(model: nn.Module) -> nn.Module:
     """The model with dense layers, at rest; packed ones are unpacked on a copy."""
     if any(True for _ in packed_layers(model)):
         return unpack(copy.deepcopy(model)).eval()
-    if model.training:
+    if any(module.training for module in model.modules()):
         model = copy.deepcopy(model).eval()
     return model
+
+
+def _need_cpu(model: nn.Module, call: Call) -> None:
+    """Raise for what lies elsewhere."""
+    given = [("the example", tensor) for tensor in call.tensors]
+    for name, tensor in [*model.named_parameters(), *model.named_buffers(), *given]:
+        if tensor.device.type != "cpu":
+            raise GossamerError(f"compile runs on the CPU; {name} is on {tensor.device}: bring model and example there")
 
 
 class Compiled(nn.Module):
@@ -87,8 +98,9 @@ class Compiled(nn.Module):
         super().__init__()
         self.captured, self.name, self.remeasure = captured, name, remeasure
         self.passes = simplify(captured.graph, captured.constants)
-        self._weights: dict[Product, Weights] = {}
-        self._at_rest: dict[tuple, list[Plan]] = {}
+        self._weights: dict[int, Weights] = {}
+        self._threads: dict[tuple, int] = {}
+        self._shelf = Shelf(each=MOST_AT_REST, keys=MOST_SHAPES, nbytes=MOST_BYTES)
         self._lock = threading.Lock()
         self._lowerings = {
             Product: self._product,
@@ -106,37 +118,57 @@ class Compiled(nn.Module):
     def device(self) -> torch.device:
         return torch.device("cpu")
 
+    def __deepcopy__(self, memo: dict) -> Compiled:
+        return self  # nothing about it changes
+
+    def __getstate__(self) -> dict:
+        raise GossamerError(f"the compiled {self.name} is not saved; save the packed model, load and compile it")
+
     def forward(self, *args: object, **kwargs: object) -> object:
         call = Call.of(args, kwargs)
-        if (reason := self.captured.refuse(call)) is not None:
-            raise GossamerError(f"{self.name} was compiled for another call: {reason}; compile it for this one")
-        key = (torch.get_num_threads(), tuple(t.shape for t in call.tensors))
-        with torch.inference_mode():
-            plan = self._taken(key, call.tensors)
+        key, plan = self._taken(call)
+        with torch.no_grad():
             outputs = plan.run(call.tensors)
-        self._returned(key, plan)
+        self._shelf.put(key, plan)
         return pytree.tree_unflatten(outputs, self.captured.out_spec)
 
-    def _taken(self, key: tuple, inputs: Sequence[Tensor]) -> Plan:
-        with self._lock:
-            resting = self._at_rest.get(key)
-            if resting:
-                return resting.pop()
-        return self._fastest(key[0], inputs)
+    def _taken(self, call: Call) -> tuple[tuple, Plan]:
+        """A plan that serves a call and that nobody else runs, and where to put it back."""
+        self._check(self.captured.refuse(call))
+        # Expanded tensors are a case of their own: a plan may rely on one value standing for a whole axis.
+        layouts = tuple((t.shape, tuple(step == 0 for step in t.stride())) for t in call.tensors)
+        key = (torch.get_num_threads(), layouts)
+        plan = self._shelf.take(key)
+        if plan is None:
+            self._check(self.captured.decides(call))
+            with torch.no_grad():
+                plan = self._fastest(key, call.tensors)
+        return key, plan
 
-    def _fastest(self, threads: int, inputs: Sequence[Tensor]) -> Plan:
-        """A new plan; where runs are short, on as many threads as make it fastest, for sharing has its price."""
-        plan = self._plan(threads, inputs)
-        if threads == 1:
-            return plan
+    def _check(self, reason: str | None) -> None:
+        if reason is not None:
+            raise GossamerError(f"{self.name} was compiled for another call: {reason}; compile it for this one")
+
+    def _fastest(self, key: tuple, inputs: Sequence[Tensor]) -> Plan:
+        """A new plan; where runs are short, on as many threads as make it fastest, for sharing has its price.
+
+        What was found is kept: callers at the same time get plans alike, which add in the same order.
+        """
+        if key in self._threads:
+            return self._plan(self._threads[key], inputs)
+        plan, asked = self._plan(key[0], inputs), key[0]
+        found = self._threads.setdefault(key, 1 if asked > 1 and self._alone_wins(plan, inputs) else asked)
+        return plan if found == asked else self._plan(found, inputs)
+
+    def _alone_wins(self, plan: Plan, inputs: Sequence[Tensor]) -> bool:
+        """Whether one thread is faster than those of a plan."""
         key = self._key(plan, inputs)
         known = None if self.remeasure else recall("threads", key, _yes_or_no)
-        if known is not None:
-            return self._plan(1, inputs) if known else plan
-        alone = self._plan(1, inputs) if (together := _shortest(plan, inputs)) <= SHORT_SECONDS else None
-        alone_wins = alone is not None and _shortest(alone, inputs) < together
-        remember("threads", key, alone_wins)
-        return alone if alone_wins else plan
+        if known is None:
+            together = _shortest(plan, inputs)
+            known = together <= SHORT_SECONDS and _shortest(self._plan(1, inputs), inputs) < together
+            remember("threads", key, known)
+        return known
 
     def _key(self, plan: Plan, inputs: Sequence[Tensor]) -> dict[str, object]:
         """What tells this network at these sizes from others."""
@@ -149,19 +181,12 @@ class Compiled(nn.Module):
         c = self.captured
         return Plan(c.graph, c.constants, c.inputs, inputs, threads=threads, lowerings=self._lowerings)
 
-    def _returned(self, key: tuple, plan: Plan) -> None:
-        with self._lock:
-            if key not in self._at_rest and len(self._at_rest) >= MOST_SHAPES:
-                self._at_rest.pop(next(iter(self._at_rest)))
-            resting = self._at_rest.setdefault(key, [])
-            if len(resting) < MOST_AT_REST:
-                resting.append(plan)
-
     def _product(self, rec: Recorder, node, op: Product) -> Value | None:
+        # Layers that share a weight share its forms.
         with self._lock:
-            if op not in self._weights:
-                self._weights[op] = Weights(op.matrix, op.name, remeasure=self.remeasure)
-        weights = self._weights[op]
+            if id(op.weight) not in self._weights:
+                self._weights[id(op.weight)] = Weights(op.matrix, op.name, remeasure=self.remeasure)
+        weights = self._weights[id(op.weight)]
         if op.geometry is not None:
             return planes.product(rec, node, op, weights)
         return tokens.product(rec, node, op, weights)
@@ -180,11 +205,10 @@ class Compiled(nn.Module):
     def explain(self, example: Example) -> str:
         """The plan for a call like this one, and where its time goes."""
         call = Call.of_example(example)
-        key = (torch.get_num_threads(), tuple(t.shape for t in call.tensors))
-        with torch.inference_mode():
-            plan = self._taken(key, call.tensors)
+        key, plan = self._taken(call)
+        with torch.no_grad():
             timed = plan.profile(call.tensors)
-        self._returned(key, plan)
+        self._shelf.put(key, plan)
         total = sum(ms for _, ms in timed)
         lines = [f"{self.name}: {len(timed)} steps, {total:.3f} ms, {plan.nbytes / 1e6:.1f} MB of activations"]
         lines += self._choices()

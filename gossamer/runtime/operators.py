@@ -123,7 +123,7 @@ class Attention(Operator):
 class Rotary(Operator):
     """Turn pairs of features, half a head apart, by their position's angle; on rows [B, S, heads * dim].
 
-    cos and sin are [1, ..., S, dim], the same in both halves.
+    cos and sin are [1, 1, S, dim]; the kernel takes those that are the same in both halves.
     """
 
     heads: int

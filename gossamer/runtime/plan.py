@@ -269,7 +269,8 @@ class Plan:
                 known = Value(constant=constants.get(node.name))
                 rec.values[node] = Value(slot=slots[node.name]) if node.name in slots else known
             elif node.op == "output":
-                self.outputs = [self._output(rec, leaf) for leaf in pytree.tree_leaves(node.args[0])]
+                given = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+                self.outputs = [self._output(rec, leaf, given) for leaf in pytree.tree_leaves(node.args[0])]
             else:
                 rec.values[node] = rec.record(node)
                 _forget_inputs(rec, node, left)
@@ -287,11 +288,14 @@ class Plan:
         self.program = _program(rec.drafts, -(-self.scratch.data_ptr() // ALIGN) * ALIGN, threads)
 
     @staticmethod
-    def _output(rec: Recorder, leaf: object) -> object:
+    def _output(rec: Recorder, leaf: object, given: set[int]) -> object:
         if not isinstance(leaf, fx.Node):
             return leaf
         value = rec.values[leaf]
-        rec.tensor(value)
+        found = rec.tensor(value)
+        if isinstance(found, Tensor) and (value.known or found.untyped_storage().data_ptr() in given):
+            # The caller may write into what it gets, but not thereby into weights or its own inputs.
+            return rec.function(leaf.name, "copy", torch.Tensor.clone, value).slot
         return value.constant if value.known else value.slot
 
     def run(self, tensors: Sequence[Tensor]) -> list[object]:

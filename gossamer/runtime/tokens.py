@@ -157,7 +157,7 @@ def attention(rec: Recorder, node: fx.Node, op: Attention) -> Value | None:
         features=(*(layout.features for layout in layouts), out.features), offsets=(*op.offsets, 0),
         mask_row=row, threads=rec.threads,
     )  # fmt: skip
-    q, k, v = (p.buffer for p in parts)
+    q, k, v = (f[0] for f in found)  # type: ignore[index]
     rec.launch(node.name, f"attention, {op.heads} heads", launch, q, k, v, y, mask)  # type: ignore[arg-type]
     return Value(buffer=y, layout=out)
 
@@ -247,8 +247,10 @@ def rotary(rec: Recorder, node: fx.Node, op: Rotary) -> Value | None:
     if not isinstance(x.layout, Tokens) or len(x.layout.lead) != 2 or not (cos.known and sin.known):
         return None
     batch, seq = x.layout.lead
-    half = op.dim // 2
-    tables = [rotary_table(t.constant.reshape(-1, op.dim)[:seq, :half]) for t in (cos, sin)]  # type: ignore[union-attr]
+    halves = [t.constant.reshape(-1, op.dim)[:seq].chunk(2, dim=-1) for t in (cos, sin)]  # type: ignore[union-attr]
+    if not all(torch.equal(*pair) for pair in halves):
+        return None
+    tables = [rotary_table(first) for first, _ in halves]
     y = rec.buffer(x.layout)
     launch = plan_rotary(batch, seq, op.heads, op.dim, threads=rec.threads)
     rec.launch(node.name, "rotary", launch, x.buffer, *map(rec.address, tables), y)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..operators import Attention, Product
 from .graphs import (
@@ -50,7 +51,8 @@ def _attention(node: fx.Node) -> bool:
     kv_heads = k.meta["val"].shape[1]
     if not (isinstance(heads, int) and isinstance(dim, int) and isinstance(kv_heads, int) and same(k, v)):
         return False
-    scale = argument(node, 6, "scale", None) or dim**-0.5
+    scale = argument(node, 6, "scale", None)
+    scale = dim**-0.5 if scale is None else scale
     causal = bool(argument(node, 5, "is_causal", False))
     inputs = [*rows, mask] if mask is not None else rows
     swap(out, Attention(heads, kv_heads, dim, scale, causal), *inputs)
@@ -63,8 +65,10 @@ def _unrepeated(node: fx.Node) -> fx.Node:
     if not is_call(expanded, ATEN.expand.default) or not is_call(expanded.args[0], ATEN.unsqueeze.default):
         return node
     source, axis = expanded.args[0].args
-    shape = shape_of(source)
-    return source if axis == 2 and shape is not None and len(shape) == 4 and len(shape_of(node) or ()) == 4 else node
+    before, after = shape_of(source), shape_of(node)
+    if axis != 2 or before is None or after is None or len(before) != 4 or len(after) != 4:
+        return node
+    return source if all(statically_known_true(before[i] == after[i]) for i in (0, 2, 3)) else node
 
 
 def _back_to_rows(node: fx.Node) -> fx.Node | None:
@@ -74,13 +78,15 @@ def _back_to_rows(node: fx.Node) -> fx.Node | None:
         if not alone(at):
             return None
         at = next(iter(at.users))
-        if is_call(at, ATEN.transpose.int) and sorted(at.args[1:]) == [1, 2]:
+        if not turned and is_call(at, ATEN.transpose.int) and sorted(at.args[1:]) == [1, 2]:
             turned = True
         elif not (viewed(at) or is_call(at, ATEN.clone.default)):
             return None
         shape = shape_of(at)
         if turned and shape is not None and len(shape) == 3:
-            return at
+            batch, heads, length, dim = shape_of(node)
+            wanted = (batch, length, heads * dim)
+            return at if all(statically_known_true(a == b) for a, b in zip(shape, wanted)) else None
         if not turned and not same(at, node):
             return None
     return None
@@ -94,7 +100,9 @@ def merged_projections(graph: fx.Graph, constants: Constants) -> int:
         parts = (q, k, v)
         if len(set(parts)) != 3 or not all(isinstance(p.target, Product) and alone(p) for p in parts):
             continue
-        if any(p.args != q.args or p.target.activation != "none" or p.target.geometry for p in parts):
+        if any(
+            len(p.args) > 1 or p.args != q.args or p.target.activation != "none" or p.target.geometry for p in parts
+        ):
             continue
         if len({p.target.bias is None for p in parts}) != 1:
             continue

@@ -23,6 +23,8 @@ def no_ops(graph: fx.Graph, constants: Constants) -> int:
         source = node.args[0]
         if node.target is ATEN.dropout.default and argument(node, 2, "train", True):
             continue
+        if node.target is ATEN.clone.default and any(user.op == "output" for user in node.users):
+            continue  # the caller gets memory of its own
         # A slice or an expansion to the same shape gives the same values.
         if same(node, source):
             skip(node, source)
@@ -46,7 +48,7 @@ def sunk_views(graph: fx.Graph, constants: Constants) -> int:
 def _sink(node: fx.Node) -> bool:
     """op(view(x), view(r)) as view(op(x, r)), where the views flatten all axes but the last."""
     sources = []
-    for view in node.all_input_nodes:
+    for view in node.args:
         shape = shape_of(view.args[0]) if viewed(view) else None
         if shape is None or len(shape) != 3 or len(shape_of(view) or ()) != 2:
             return False

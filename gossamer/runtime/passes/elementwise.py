@@ -53,11 +53,9 @@ def activations(graph: fx.Graph, constants: Constants) -> int:
     count = 0
     for node in list(graph.nodes):
         name = _activation_of(node)
-        if name is None or dtype_of(node) != torch.float32:
+        if name is None or not dtype_of(node) == dtype_of(node.args[0]) == torch.float32:
             continue
         before = node.args[0]
-        if not isinstance(before, fx.Node):
-            continue
         if _takes_activation(before):
             swap(node, replace(before.target, activation=name), *before.args)
             graph.erase_node(before)

@@ -36,6 +36,8 @@ def padded_convolutions(graph: fx.Graph, constants: Constants) -> int:
         mode, value = argument(pad, 2, "mode", "constant"), argument(pad, 3, "value", None)
         if pad.target is ATEN.constant_pad_nd.default:
             mode, value = "constant", argument(pad, 2, "value", 0)
+        if not all(isinstance(a, int) for a in amounts):
+            continue  # padding that depends on the image's size
         if len(amounts) != 4 or mode != "constant" or value not in (0, 0.0, None) or min(amounts) < 0:
             continue
         g = node.target.geometry
@@ -56,7 +58,12 @@ def batch_norms(graph: fx.Graph, constants: Constants) -> int:
         taken = [u for u in node.users if u.args[1] == 0]
         if len(taken) != len(node.users) or not isinstance(before.target, Product) or not alone(before):
             continue
-        if mean is None or var is None or before.target.activation != "none":
+        if mean is None or var is None or before.target.activation != "none" or len(before.args) > 1:
+            continue
+        # A scale or shift that is computed is no constant; and channels are the last axis of rows only in two axes.
+        if (gamma is None) != (node.args[1] is None) or (beta is None) != (node.args[2] is None):
+            continue
+        if before.target.geometry is None and len(shape_of(before) or ()) != 2:
             continue
         product = _scaled(before.target, gamma, beta, mean, var, node.args[6])
         new = swap(node, product, *before.args)
@@ -102,10 +109,10 @@ def global_pools(graph: fx.Graph, constants: Constants) -> int:
     count = 0
     for node in calls(graph, ATEN.mean.dim, ATEN.adaptive_avg_pool2d.default):
         shape = shape_of(node.args[0])
-        if shape is None or len(shape) != 4 or dtype_of(node) != torch.float32:
+        if shape is None or len(shape) != 4 or not dtype_of(node) == dtype_of(node.args[0]) == torch.float32:
             continue
         if node.target is ATEN.mean.dim:
-            axes, keep = sorted(a % 4 for a in node.args[1]), bool(argument(node, 2, "keepdim", False))
+            axes, keep = sorted(a % 4 for a in node.args[1] or ()), bool(argument(node, 2, "keepdim", False))
         else:
             axes, keep = ([2, 3], True) if list(node.args[1]) == [1, 1] else ([], False)
         if axes == [2, 3]:

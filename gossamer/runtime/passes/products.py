@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..operators import Combine, Geometry, Product
 from .graphs import (
@@ -71,6 +72,8 @@ def transposed_products(graph: fx.Graph, constants: Constants) -> int:
             continue
         back, rows = next(iter(node.users)), flat.args[0] if viewed(flat) else None
         if rows is None or not viewed(back) or not rows_alike(rows, back) or node.kwargs:
+            continue
+        if not all(statically_known_true(shape_of(x)[-1] == k) for x, k in zip((rows, back), weight.shape)):
             continue
         name = node.args[2].name.removeprefix("p_model_").removesuffix("_weight")
         swap(back, Product(weight.t().contiguous(), bias, name), rows)

@@ -29,7 +29,7 @@ def _rotary(node: fx.Node) -> bool:
         return False
     if not isinstance(shape[1], int) or not isinstance(shape[3], int) or len(shape_of(cos) or ()) != 4:
         return False
-    if not statically_known_true(shape_of(cos)[0] == 1) or not same(cos, sin) or dtype_of(node) != torch.float32:
+    if not _turns_alike(shape_of(cos), shape) or not same(cos, sin) or dtype_of(node) != torch.float32:
         return False
     graph, view = node.graph, x.args[0]
     with graph.inserting_before(node):
@@ -42,6 +42,11 @@ def _rotary(node: fx.Node) -> bool:
     node.replace_all_uses_with(heads)
     graph.erase_node(node)
     return True
+
+
+def _turns_alike(angles: tuple, heads: tuple) -> bool:
+    """Whether angles [1, 1, S, dim] turn all heads [B, heads, S, dim] of all sequences alike."""
+    return all(statically_known_true(a == b) for a, b in zip(angles, (1, 1, *heads[2:])))
 
 
 def _half_turn(node: object, x: fx.Node, dim: int) -> bool:
