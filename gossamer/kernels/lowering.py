@@ -5,6 +5,7 @@ Indices and values are shared with the format wherever their layout allows. Shap
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import singledispatch
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ def group_rows(fmt: Format) -> int:
 
 @singledispatch
 def lower(fmt: Format) -> Stream:
-    """The stream of a stored weight, its rows in the order they are stored in. Values must be float32."""
+    """The stream of a stored weight, with the order of its rows where that is not their own. Values must be float32."""
     raise NotImplementedError(f"{type(fmt).__name__} does not lower to a stream")
 
 
@@ -33,8 +34,9 @@ def lower(fmt: Format) -> Stream:
 def _(fmt: CSR | RowGrouped) -> Stream:
     from gossamer.kernels.cpu.stream import stream
 
-    g = group_rows(fmt)
-    return stream(g, fmt.rows, fmt.cols, fmt.indptr, fmt.indices, fmt.values.reshape(-1, g))
+    g, order = group_rows(fmt), getattr(fmt, "order", None)
+    stored = stream(g, fmt.rows, fmt.cols, fmt.indptr, fmt.indices, fmt.values.reshape(-1, g))
+    return stored if order is None or not order.numel() else replace(stored, order_M=order.long())
 
 
 @lower.register(NM)

@@ -6,7 +6,7 @@ Shapes: T tokens, M output rows, K input columns.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -47,11 +47,12 @@ class Spmm:
     # Streams share the memory of a format's values, so that training may change them under a plan.
     READS_IN_PLACE = True
 
-    stream: Stream
+    stream: Stream  # its rows in the order in which they are stored
     product: Callable[..., Tensor]
     product_of_columns: Callable[..., Tensor]
     order_M: Tensor | None = None  # of the stored rows, where it is not their own
     back_M: Tensor | None = None
+    ordered: Stream | None = None  # the same with their order, for kernels that write rows through it
 
     @staticmethod
     def refuse(call: Call) -> str | None:
@@ -65,10 +66,10 @@ class Spmm:
     def prepare(cls, call: Call) -> Spmm:
         from gossamer.kernels.cpu.spmm import spmm, spmm_columns
 
-        order = getattr(call.fmt, "order", None)
-        if order is None or not order.numel():
-            return cls(lower(call.fmt), spmm, spmm_columns)
-        return cls(lower(call.fmt), spmm, spmm_columns, order.long(), order.argsort())
+        ordered = lower(call.fmt)
+        if (order_M := ordered.order_M) is None:
+            return cls(ordered, spmm, spmm_columns, ordered=ordered)
+        return cls(replace(ordered, order_M=None), spmm, spmm_columns, order_M, order_M.argsort(), ordered)
 
     def run(self, x_TK: Tensor, bias_M: Tensor | None, activation: str) -> Tensor:
         y_TM = self.product(self.stream, x_TK, self._stored(bias_M), activation)

@@ -84,7 +84,7 @@ class Wiring:
         backward, origin_E = transposed(fmt)
         none_EG = torch.empty(0, 1)
         order = getattr(fmt, "order", none_EG)
-        forward, backward = (replace(s, values_EG=none_EG) for s in (lower(fmt), backward))
+        forward, backward = (replace(s, values_EG=none_EG, order_M=None) for s in (lower(fmt), backward))
         return cls(forward, backward, origin_E, order.long() if order.numel() else None)
 
     @property

@@ -181,11 +181,9 @@ class PackedConv2d(nn.Module):
         if self.shape.pointwise:
             return None
         plan = self.linear.current_plan()
-        weights, order = getattr(plan.runner, "stream", None), getattr(plan.runner, "order_M", None)
+        weights = getattr(plan.runner, "ordered", None)
         if weights is None:
             return f"{plan.kernel} has no convolution beyond 1x1, only streams of row groups have"
-        if order is not None and self.shape.groups > 1:
-            return "rows in an order of their own do not fall into the groups of a convolution"
         from gossamer.kernels.cpu.conv import refuse_conv
 
         return refuse_conv(weights, self.shape.window, self.shape.groups)
@@ -199,11 +197,8 @@ class PackedConv2d(nn.Module):
             return None
         from gossamer.kernels.cpu.conv import sparse_conv
 
-        runner = linear.current_plan().runner
-        order = runner.order_M
-        bias = linear.bias if linear.bias is None or order is None else linear.bias.index_select(0, order)
-        y = sparse_conv(runner.stream, x.contiguous(), shape.window, bias, linear.activation, groups=shape.groups)
-        return y if order is None else y.index_select(-3, runner.back_M)
+        weights = linear.current_plan().runner.ordered
+        return sparse_conv(weights, x.contiguous(), shape.window, linear.bias, linear.activation, groups=shape.groups)
 
     def _dense(self, x: Tensor) -> Tensor:
         """The same by torch, from the unpacked weight."""

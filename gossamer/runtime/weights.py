@@ -42,7 +42,8 @@ class Form:
 
     @property
     def nbytes(self) -> int:
-        parts = (self.stream.starts_BG, self.stream.indices_E, self.stream.values_EG)
+        order = () if self.stream.order_M is None else (self.stream.order_M,)
+        parts = (self.stream.starts_BG, self.stream.indices_E, self.stream.values_EG, *order)
         return sum(p.numel() * p.element_size() for p in parts)
 
 
@@ -70,7 +71,7 @@ class Weights:
     def _possible(self) -> dict[str, Callable[[], Stream]]:
         makers: dict[str, Callable[[], Stream]] = {}
         if self.density < MOSTLY_KEPT:
-            for s in (s for s in detect(self.w_MK) if not s.reordered):  # panels are written in the stored order
+            for s in detect(self.w_MK):
                 inner = ", ".join(f"{k}={v}" for k, v in s.options)
                 build = partial(format_named(s.format).from_dense, **dict(s.options))
                 if group_rows_of(s.format, dict(s.options)) in (1, 2, 4, 8):

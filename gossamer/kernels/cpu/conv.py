@@ -114,6 +114,7 @@ def plan_conv(
     hold = 4 * lanes() * most * weights.g * -(-weights.groups // chunks) if len(starts) > 2 else 0
     scratch = -(-(sums_at + hold) // 64) * 64
     code, low_at, high_at = bounds_of(activation)
+    ordered, order = weights.order_M is not None, weights.places()
 
     def numbers(lines: Lines, chunks: int, below: int) -> tuple[tuple[int, ...], tuple[Tensor, Tensor]]:
         # Of the output lines from `below` on.
@@ -127,6 +128,7 @@ def plan_conv(
             table.data_ptr(), len(table), lines.pitch, lines.panel * window.stride[0], window.stride[1], high, wide,
             lines.vectors(lines.panel), lines.vectors(lines.last), places.data_ptr(), 8 * places[0].numel(),
             4 * lines.panel * out_wide, 4 * lines.out_high * out_wide, code, low_at, high_at, zeros_at(),
+            order.data_ptr() if ordered else 0,
         )  # fmt: skip
         return fixed, (table, places)
 
@@ -138,13 +140,13 @@ def plan_conv(
     fixed, tables = numbers(lines, chunks, 0)
     threads = min(threads, fixed[0])
     return laid_out(
-        kernel(weights.g, lines.pieces, int(residual)),
+        kernel(weights.g, lines.pieces, int(residual), int(ordered)),
         addresses=3 + residual,
         absent=1 - residual,
         fixed=fixed,
         threads=threads,
         scratch_bytes=scratch * threads,
-        holds=(*tables, offsets, starts, weights.values_EG),
+        holds=(*tables, offsets, starts, weights.values_EG, order),
         bands=Bands(work, out_pixels, lines.panel * out_wide, scratch, part) if images == 1 else None,
     )
 
@@ -157,6 +159,10 @@ def refuse_conv(weights: Stream, window: Window, groups: int) -> str | None:
         return f"{weights.rows} output channels do not fall into {groups} groups"
     if weights.rows // groups % weights.g and groups > 1:
         return f"groups of {weights.rows // groups} channels cut through {weights.g} rows that share their columns"
+    if groups > 1 and weights.order_M is not None:
+        group_NG = (weights.order_M // (weights.rows // groups)).view(-1, weights.g)
+        if bool((group_NG != group_NG[:, :1]).any()):
+            return f"{weights.g} rows that share their columns come from different groups of the convolution"
     return None
 
 
@@ -205,9 +211,10 @@ def _entries(weights: Stream, window: Window, groups: int, lines: Lines, block: 
     column_E = weights.indices_E.to(torch.int32).numpy().astype(np.int64)
     each = weights.cols // window.taps
     channel_E, tap_E = np.divmod(column_E, window.taps)
-    channel_E += row_E * weights.g // max(1, weights.rows // groups) * each
+    first_row = weights.places()[:: weights.g][: weights.groups].numpy()
+    first_E = (first_row // max(1, weights.rows // groups) * each)[row_E]
+    channel_E += first_E
     offset_E = 4 * (channel_E * lines.channel + lines.taps()[tap_E])
-    first_E = (row_E * weights.g // max(1, weights.rows // groups)) * each
     blocks = max(1, -(-each // block))
     counts = np.bincount(
         np.minimum((channel_E - first_E) // block, blocks - 1) * weights.groups + row_E,

@@ -24,8 +24,8 @@ LANES = lanes()
     TASKS, CHUNKS, PANELS, SCRATCH_BYTES, SUMS, X_IMAGE, X_ROW, Y_IMAGE, Y_ROW,
     ROWS, GROUPS, BLOCKS, STARTS, OFFSETS, VALUES, CHANNELS, CHANNEL,
     LINES, LINE_COUNT, PITCH, PANEL_HIGH, STRIDE_WIDE, HIGH, WIDE,
-    VECTORS, LAST_VECTORS, PLACES, PLACES_PANEL, PANEL_BYTES, OUT_BYTES, ACTIVATION, LOW, UP, ZERO,
-) = range(0, 8 * 41, 8)  # fmt: skip
+    VECTORS, LAST_VECTORS, PLACES, PLACES_PANEL, PANEL_BYTES, OUT_BYTES, ACTIVATION, LOW, UP, ZERO, ORDER,
+) = range(0, 8 * 42, 8)  # fmt: skip
 
 
 def widths(g: int) -> tuple[int, ...]:
@@ -59,9 +59,9 @@ def pack(args, x, number, panel):
 
 
 @functools.cache
-def kernel(g: int, pieces: int, adding: int) -> Entry:
-    """The compiled convolution for groups of g rows."""
-    G, P, ADD, L = g, pieces, adding, LANES
+def kernel(g: int, pieces: int, adding: int, ordered: int = 0) -> Entry:
+    """The compiled convolution for groups of g rows; `ordered` where rows have another order."""
+    G, P, ADD, R, L = g, pieces, adding, ordered, LANES
     V1, V2, V3, V4, V5, V6 = (widths(g) + (widths(g)[-1],) * 6)[:6]
     MOST = V6
 
@@ -72,7 +72,7 @@ def kernel(g: int, pieces: int, adding: int) -> Entry:
         starts, d, k = get(args + STARTS), get(args + OFFSETS), get(args + VALUES)
         scratch = get(args + SCRATCH) + slot * get(args + SCRATCH_BYTES)
         sums, y_row, low, up = scratch + get(args + SUMS), get(args + Y_ROW), get(args + LOW), get(args + UP)
-        bias, step, code = get(args + BIAS), 4, get(args + ACTIVATION)
+        bias, step, code, order = get(args + BIAS), 4, get(args + ACTIVATION), get(args + ORDER)
         if bias == 0:
             bias, step = get(args + ZERO), 0
         packed = -1
@@ -99,23 +99,40 @@ def kernel(g: int, pieces: int, adding: int) -> Entry:
                 for i in range(i0, i1):
                     s, e = get_i32(begin + 4 * i), get_i32(begin + 4 * (i + groups))
                     r, m = i * G, sums + (i - i0) * 4 * L * MOST * G
-                    o, q, w, h = y + r * y_row, more + r * y_row, bias + r * step, rows - r
+                    # Rows count from the first one of y where they have an order, else from this group's first.
+                    own, u = r, 0
+                    if R:
+                        own, u = 0, order + 8 * r
+                    o, q, w, h = y + own * y_row, more + own * y_row, bias + own * step, rows - r
                     if n <= V1:
-                        conv_tile(G, V1, L, P, ADD, a, z, e, s, d, k, panel, m, o, y_row, p, q, w, step, low, up, h, n)
+                        conv_tile(
+                            G, V1, L, P, ADD, R, a, z, e, s, d, k, panel, m, o, y_row, p, q, w, step, low, up, h, n, u
+                        )
                     elif n <= V2:
-                        conv_tile(G, V2, L, P, ADD, a, z, e, s, d, k, panel, m, o, y_row, p, q, w, step, low, up, h, n)
+                        conv_tile(
+                            G, V2, L, P, ADD, R, a, z, e, s, d, k, panel, m, o, y_row, p, q, w, step, low, up, h, n, u
+                        )
                     elif n <= V3:
-                        conv_tile(G, V3, L, P, ADD, a, z, e, s, d, k, panel, m, o, y_row, p, q, w, step, low, up, h, n)
+                        conv_tile(
+                            G, V3, L, P, ADD, R, a, z, e, s, d, k, panel, m, o, y_row, p, q, w, step, low, up, h, n, u
+                        )
                     elif n <= V4:
-                        conv_tile(G, V4, L, P, ADD, a, z, e, s, d, k, panel, m, o, y_row, p, q, w, step, low, up, h, n)
+                        conv_tile(
+                            G, V4, L, P, ADD, R, a, z, e, s, d, k, panel, m, o, y_row, p, q, w, step, low, up, h, n, u
+                        )
                     elif n <= V5:
-                        conv_tile(G, V5, L, P, ADD, a, z, e, s, d, k, panel, m, o, y_row, p, q, w, step, low, up, h, n)
+                        conv_tile(
+                            G, V5, L, P, ADD, R, a, z, e, s, d, k, panel, m, o, y_row, p, q, w, step, low, up, h, n, u
+                        )
                     else:
-                        conv_tile(G, V6, L, P, ADD, a, z, e, s, d, k, panel, m, o, y_row, p, q, w, step, low, up, h, n)
+                        conv_tile(
+                            G, V6, L, P, ADD, R, a, z, e, s, d, k, panel, m, o, y_row, p, q, w, step, low, up, h, n, u
+                        )
             if code > 0:
                 first = number * get(args + PANEL_BYTES)
                 count = min(get(args + PANEL_BYTES), get(args + OUT_BYTES) - first) // 4
                 for r in range(i0 * G, min(rows, i1 * G)):
-                    activate(code, y + r * y_row + first, count)
+                    place = get(order + 8 * r) if R else r
+                    activate(code, y + place * y_row + first, count)
 
-    return Entry(compile_kernel(conv_kernel, f"sparse convolution, groups of {g}"))
+    return Entry(compile_kernel(conv_kernel, f"sparse convolution, groups of {g}{', re-ordered' * ordered}"))

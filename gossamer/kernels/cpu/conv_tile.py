@@ -58,17 +58,18 @@ def take_row(typing, step, lanes, source, first, stride, wide, target, width):
 
 @intrinsic(prefer_literal=True)
 def conv_tile(
-    typing, rows, vectors, lanes, pieces, add,
+    typing, rows, vectors, lanes, pieces, add, ordered,
     first, last, stop, start, offset, value, panel, sums,
-    y, y_row, places, residual, bias, bias_step, low, up, wanted, count,
+    y, y_row, places, residual, bias, bias_step, low, up, wanted, count, order,
 ):  # fmt: skip
     """Add entries start..stop of one row group into a register tile of rows x vectors; deliver it after the last block.
 
     Sums begin at the bias in the `first` block of channels and at `sums` otherwise; they go to `sums` unless this is
     the `last` block, else the first `count` vectors into the first `wanted` rows of y. Each vector is written in
-    `pieces`: places holds for each the byte offset in a row of y and the bits of the lanes that belong there.
+    `pieces`: places holds for each the byte offset in a row of y and the bits of the lanes that belong there. With
+    `ordered` row r is row order[r] of y, residual and bias (int64); else `order` is not read.
     """
-    G, V, L, P, adding = (t.literal_value for t in (rows, vectors, lanes, pieces, add))
+    G, V, L, P, adding, sorts = (t.literal_value for t in (rows, vectors, lanes, pieces, add, ordered))
     # Enough independent chains of additions to cover a four-cycle latency at two additions per cycle.
     chains = max(1, min(4, 8 // (G * V)))
     unroll = max(chains, 2 if G * V <= 8 else 1)
@@ -77,8 +78,9 @@ def conv_tile(
     def gen(ctx, b, sig, args):
         (
             first, last, stop, start, offset, value, panel, sums,
-            y, y_row, places, residual, bias, bias_step, low, up, wanted, count,
-        ) = args[5:]  # fmt: skip
+            y, y_row, places, residual, bias, bias_step, low, up, wanted, count, order,
+        ) = args[6:]  # fmt: skip
+        numbers = [_load(b, b.add(order, _n(8 * r)), _I64, 8) if sorts else _n(r) for r in range(G)]
         fma = _declare(b, f"llvm.fmuladd.v{L}f32", kind, kind, kind, kind)
         held = [b.add(sums, _n(4 * L * k)) for k in range(G * V)]
 
@@ -93,7 +95,7 @@ def conv_tile(
                     acc[r * V + v] = b.call(fma, [weight, xs[v], acc[r * V + v]])
             return acc
 
-        acc = _begin(b, first, held, bias, bias_step, wanted, G, V, kind)
+        acc = _begin(b, first, held, bias, bias_step, wanted, numbers, V, kind)
         size = G * V
         acc = acc + [ir.Constant(kind, None)] * (size * (chains - 1))
         if unroll > 1:
@@ -110,7 +112,7 @@ def conv_tile(
             acc = [b.fadd(acc[k], acc[c * size + k]) for k in range(size)] + acc[size:]
 
         def deliver(r, v, low, up):
-            total, row = acc[r * V + v], b.mul(y_row, _n(r))
+            total, row = acc[r * V + v], b.mul(y_row, numbers[r])
             cells = []
             for p in range(P):
                 cell = b.add(places, _n(16 * (v * P + p)))
@@ -136,21 +138,21 @@ def conv_tile(
                     _store(b, acc[k], held[k], 4)
         return ctx.get_dummy_value()
 
-    return types.void(rows, vectors, lanes, pieces, add, *[_int] * 18), gen
+    return types.void(rows, vectors, lanes, pieces, add, ordered, *[_int] * 19), gen
 
 
-def _begin(b, first, held, bias, bias_step, wanted, rows: int, vectors: int, kind) -> list:
+def _begin(b, first, held, bias, bias_step, wanted, numbers: list, vectors: int, kind) -> list:
     """Sums as they start: the bias of each wanted row, or what the last block of channels left."""
 
     def place(r):
         # The bias ends with the last real row: a ragged group reads its first one again.
-        row = b.select(b.icmp_signed("<", _n(r), wanted), _n(r), _n(0))
+        row = b.select(b.icmp_signed("<", _n(r), wanted), numbers[r], numbers[0])
         return b.add(bias, b.mul(bias_step, row))
 
     fresh, resume, ready = (b.append_basic_block(n) for n in ("fresh", "resume", "ready"))
     b.cbranch(b.icmp_signed("!=", first, _n(0)), fresh, resume)
     b.position_at_end(fresh)
-    starts = [_splat(b, _load(b, place(r), _F32, 4), kind.count) for r in range(rows) for _ in range(vectors)]
+    starts = [_splat(b, _load(b, place(r), _F32, 4), kind.count) for r in range(len(numbers)) for _ in range(vectors)]
     b.branch(ready)
     b.position_at_end(resume)
     loaded = [_load(b, at, kind, 4) for at in held]

@@ -24,8 +24,8 @@ BATCH = 16
 (
     SLOT, NEXT, SCRATCH, X, Y, BIAS, RESIDUAL,
     SHARES, SHARE_STARTS, TASKS, TILES, ROW, X_PANEL, Y_PANEL, ROWS, GROUPS, BLOCKS,
-    STARTS, INDICES, VALUES, BOUNDS, CODE, ZERO, HOLD, SCRATCH_BYTES, WHO,
-) = range(0, 8 * 26, 8)  # fmt: skip
+    STARTS, INDICES, VALUES, BOUNDS, CODE, ZERO, HOLD, SCRATCH_BYTES, WHO, ORDER,
+) = range(0, 8 * 27, 8)  # fmt: skip
 
 
 def widest(g: int) -> int:
@@ -38,26 +38,46 @@ def widest(g: int) -> int:
 
 
 @helper
-def ragged_start(held, row_bytes, bias, rows, residual, residual_row, group, count):
-    """Let held memory stand for a last group that lacks rows: sixteen biases, then its rows of sums."""
-    copy_row(LANES, bias if bias != 0 else held, held, rows if bias != 0 else 0, 16)
-    for r in range(group):
-        target = held + 64 + r * row_bytes
-        given = residual != 0 and r < rows
-        copy_row(LANES, residual + r * residual_row if given else target, target, count if given else 0, count)
+def place_of(order, r):
+    """Which row of y the r-th stored row is."""
+    return get(order + 8 * r) if order != 0 else r
 
 
 @helper
-def ragged_end(held, row_bytes, y, y_row, rows, count):
+def ragged_start(held, row_bytes, bias, bias_step, rows, residual, residual_row, group, count, order):
+    """Let held memory stand for a last group that lacks rows: sixteen biases, then its rows of sums."""
+    for r in range(group):
+        given = r < rows
+        place = place_of(order, r) if given else 0
+        copy_row(LANES, bias + bias_step * place, held + 4 * r, 1 if given else 0, 1)
+        target = held + 64 + r * row_bytes
+        given = residual != 0 and given
+        source = residual + place * residual_row if given else target
+        copy_row(LANES, source, target, count if given else 0, count)
+
+
+@helper
+def ragged_end(held, row_bytes, y, y_row, rows, count, order):
     """Write the rows that a last group does have."""
     for r in range(rows):
-        copy_row(LANES, held + 64 + r * row_bytes, y + r * y_row, count, count)
+        copy_row(LANES, held + 64 + r * row_bytes, y + place_of(order, r) * y_row, count, count)
+
+
+@helper
+def apply(code, y, y_row, rows, count, zero, order):
+    """The activation of finished rows, in place."""
+    if order == 0:
+        finish(y, y_row, y, y_row, rows, count, zero, 0, code)
+    else:
+        for r in range(rows):
+            at = y + get(order + 8 * r) * y_row
+            finish(at, y_row, at, y_row, 1, count, zero, 0, code)
 
 
 @functools.cache
-def kernel(g: int, index_bytes: int) -> Entry:
-    """The compiled product for groups of g rows and 2- or 4-byte indices."""
-    G, B, L = g, index_bytes, LANES
+def kernel(g: int, index_bytes: int, ordered: int) -> Entry:
+    """The compiled product for groups of g rows and 2- or 4-byte indices; `ordered` where rows have another order."""
+    G, B, L, R = g, index_bytes, LANES, ordered
     V2, V3, V4, V5, V6 = (min(v, widest(g)) for v in (2, 3, 4, 5, 6))
 
     def resident_kernel(pointer):
@@ -68,7 +88,7 @@ def kernel(g: int, index_bytes: int) -> Entry:
         code, zero = get(args + CODE), get(args + ZERO)
         bias, residual, scratch = get(args + BIAS), get(args + RESIDUAL), get(args + SCRATCH)
         scratch += slot * get(args + SCRATCH_BYTES)
-        whole = rows // G
+        whole, order = rows // G, get(args + ORDER)
         # A thread begins with the same share of the positions in every layer, which its own caches still hold.
         share = thread_number(get(args + WHO)) % shares
         tried = 0
@@ -103,47 +123,161 @@ def kernel(g: int, index_bytes: int) -> Entry:
                 for i in range(i0, i1):
                     starts += 4
                     e = get_i32(starts)
-                    to, to_row, base, add = y + i * G * row, row, 0, bias_at + i * G * bias_step
+                    # Places of rows: by the stored order from the first row of y, else from this group's first one.
+                    places, own = 0, i * G
+                    if R:
+                        places, own = order + 8 * i * G, 0
+                    to, to_row, base, add = y + own * row, row, 0, bias_at + own * bias_step
                     if base_at != 0:
-                        base = base_at + i * G * row
-                    if i == whole:
+                        base = base_at + own * row
+                    ragged = i == whole
+                    if ragged:
                         if block == 0:
-                            ragged_start(held, 4 * count, add, rows - i * G, base, row, G, count)
+                            ragged_start(held, 4 * count, add, bias_step, rows - i * G, base, row, G, count, places)
+                        places = order + 8 * groups * G
                         to, to_row, base, add = held + 64, 4 * count, held + 64, held if block == 0 else zero
                         bias_step = 4 if block == 0 else 0
                     if wide == 1:
                         product_tile(
-                            G, 1, L, B, e, s, indices, values, x, row, to, to_row, base, add, bias_step, bounds
+                            G,
+                            1,
+                            L,
+                            B,
+                            R,
+                            e,
+                            s,
+                            indices,
+                            values,
+                            x,
+                            row,
+                            to,
+                            to_row,
+                            base,
+                            add,
+                            bias_step,
+                            bounds,
+                            places,
                         )
                     elif wide == 2:
                         product_tile(
-                            G, V2, L, B, e, s, indices, values, x, row, to, to_row, base, add, bias_step, bounds
+                            G,
+                            V2,
+                            L,
+                            B,
+                            R,
+                            e,
+                            s,
+                            indices,
+                            values,
+                            x,
+                            row,
+                            to,
+                            to_row,
+                            base,
+                            add,
+                            bias_step,
+                            bounds,
+                            places,
                         )
                     elif wide == 3:
                         product_tile(
-                            G, V3, L, B, e, s, indices, values, x, row, to, to_row, base, add, bias_step, bounds
+                            G,
+                            V3,
+                            L,
+                            B,
+                            R,
+                            e,
+                            s,
+                            indices,
+                            values,
+                            x,
+                            row,
+                            to,
+                            to_row,
+                            base,
+                            add,
+                            bias_step,
+                            bounds,
+                            places,
                         )
                     elif wide == 4:
                         product_tile(
-                            G, V4, L, B, e, s, indices, values, x, row, to, to_row, base, add, bias_step, bounds
+                            G,
+                            V4,
+                            L,
+                            B,
+                            R,
+                            e,
+                            s,
+                            indices,
+                            values,
+                            x,
+                            row,
+                            to,
+                            to_row,
+                            base,
+                            add,
+                            bias_step,
+                            bounds,
+                            places,
                         )
                     elif wide == 5:
                         product_tile(
-                            G, V5, L, B, e, s, indices, values, x, row, to, to_row, base, add, bias_step, bounds
+                            G,
+                            V5,
+                            L,
+                            B,
+                            R,
+                            e,
+                            s,
+                            indices,
+                            values,
+                            x,
+                            row,
+                            to,
+                            to_row,
+                            base,
+                            add,
+                            bias_step,
+                            bounds,
+                            places,
                         )
                     else:
                         product_tile(
-                            G, V6, L, B, e, s, indices, values, x, row, to, to_row, base, add, bias_step, bounds
+                            G,
+                            V6,
+                            L,
+                            B,
+                            R,
+                            e,
+                            s,
+                            indices,
+                            values,
+                            x,
+                            row,
+                            to,
+                            to_row,
+                            base,
+                            add,
+                            bias_step,
+                            bounds,
+                            places,
                         )
                     s = e
                     if block == blocks - 1:
-                        if i == whole:
-                            ragged_end(held, 4 * count, y + i * G * row, row, rows - i * G, count)
+                        if ragged:
+                            first_of = order + 8 * i * G if R else 0
+                            ragged_end(held, 4 * count, y + own * row, row, rows - i * G, count, first_of)
                         if code != 0 and ((i + 1 - done) * G >= BATCH or i == i1 - 1):
-                            at = y + done * G * row
-                            finish(at, row, at, row, min(rows, (i + 1) * G) - done * G, count, zero, 0, code)
+                            at, first_of = y + done * G * row, 0
+                            if R:
+                                at, first_of = y, order + 8 * done * G
+                            apply(code, at, row, min(rows, (i + 1) * G) - done * G, count, zero, first_of)
                             done = i + 1
 
     return Entry(
-        compile_kernel(resident_kernel, f"resident sparse product, groups of {g}, {8 * index_bytes}-bit indices")
+        compile_kernel(
+            resident_kernel,
+            f"resident sparse product, groups of {g}, {8 * index_bytes}-bit indices{', re-ordered' * ordered}",
+        )
     )

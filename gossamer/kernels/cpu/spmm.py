@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gossamer.core.errors import FormatError
 from gossamer.kernels.cpu.checks import activation_code, need_bias, need_floats, output
 from gossamer.kernels.cpu.plan import (
     COLUMN_MAJOR,
@@ -91,6 +92,7 @@ def spmm(
         >>> y = spmm(weights, torch.randn(12, 384), activation="relu")
     """
     code = activation_code(activation)
+    _refuse_order(stream)
     need_bias(stream.rows, bias_M)
     x_at, x_kind, tokens = _input(stream, x_TK)
     if out is None and x_kind == PANEL_MAJOR:
@@ -108,6 +110,14 @@ def spmm(
             plan = make_plan(stream, key, Layout(tokens, x_kind, 4 * stream.cols, y_kind, y_row), code, threads)
         run(plan, y_at=y_at, x_at=x_at, bias_M=bias_M)
     return out
+
+
+def _refuse_order(stream: Stream) -> None:
+    if stream.order_M is not None:
+        raise FormatError(
+            "spmm writes rows as they are stored, these have another order; multiply replace(stream, order_M=None) and "
+            "gather, or take spmm_panels or sparse_conv"
+        )
 
 
 def _input(stream: Stream, x_TK: Tensor | Panels) -> tuple[int, int, int]:
@@ -160,6 +170,7 @@ def spmm_columns(
         >>> y = spmm_columns(weights, image.reshape(512, 14 * 14), bias, "relu")
     """
     code = activation_code(activation)
+    _refuse_order(stream)
     need_bias(stream.rows, bias_M)
     if isinstance(x_KN, Panels) or isinstance(out, Panels):
         return _columns_or_panels(stream, x_KN, bias_M, code, out)

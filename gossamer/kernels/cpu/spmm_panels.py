@@ -34,16 +34,16 @@ L1_BYTES, L2_BYTES, WORTHWHILE = 44 << 10, 640 << 10, 20
 _BOUNDS = {0: None, 1: (0.0, torch.inf), 5: (0.0, 6.0)}
 _BOUND_TABLE = torch.tensor([pair for pair in _BOUNDS.values() if pair], dtype=torch.float32, device="cpu")
 _ZEROS = torch.zeros(LINE, dtype=torch.float32, device="cpu")
-_kernels: dict[tuple[int, int], object] = {}
+_kernels: dict[tuple[int, int, int], object] = {}
 
 
-def resident_kernel(g: int, index_bytes: int):
+def resident_kernel(g: int, index_bytes: int, ordered: int = 0):
     """The compiled kernel; Numba is imported here, on first use."""
-    found = _kernels.get((g, index_bytes))
+    found = _kernels.get((g, index_bytes, ordered))
     if found is None:
         from gossamer.kernels.cpu import resident
 
-        found = _kernels[g, index_bytes] = resident.kernel(g, index_bytes)
+        found = _kernels[g, index_bytes, ordered] = resident.kernel(g, index_bytes, ordered)
     return found
 
 
@@ -118,7 +118,9 @@ def _lay_out(
 ) -> Launch:
     from gossamer.kernels.cpu.resident import widest
 
-    entry, wide = resident_kernel(stream.g, stream.indices_E.element_size()), widest(stream.g)
+    ordered = stream.order_M is not None
+    entry, wide = resident_kernel(stream.g, stream.indices_E.element_size(), int(ordered)), widest(stream.g)
+    places = stream.places() if ordered else _ZEROS
     arranged = arranged_for(stream, blocks_for(stream, wide))
     vectors = [-(-used // lanes())] * (panels - 1) + [-(-used_last // lanes())] * (panels > 0)
     amount = stream.values_EG.numel() * lanes() * sum(vectors)
@@ -136,6 +138,7 @@ def _lay_out(
             work.tiles_Q3.data_ptr(), 4 * width, 4 * width * stream.cols, 4 * width * stream.rows,
             stream.rows, stream.groups, arranged.blocks, *arranged.addresses, _bounds_at(code),
             0 if code in _BOUNDS else code, _ZEROS.data_ptr(), hold, scratch, thread_number_at(),
+            places.data_ptr() if ordered else 0,
         )  # fmt: skip
 
     def part(first: int, last: int) -> Part:
@@ -144,7 +147,7 @@ def _lay_out(
 
     return launch(
         entry, addresses=4 if residual else 3, fixed=numbers(work), threads=threads, scratch_bytes=threads * scratch,
-        holds=(arranged, work), bands=Bands(amount, used_last, lanes(), scratch, part) if banded else None,
+        holds=(arranged, work, places), bands=Bands(amount, used_last, lanes(), scratch, part) if banded else None,
     )  # fmt: skip
 
 

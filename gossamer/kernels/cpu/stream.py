@@ -32,6 +32,7 @@ class Stream:
         starts_BG: int32 [n_blocks + 1, n_groups]; group i in block b owns entries starts[b, i]..starts[b + 1, i].
         indices_E: uint16 (K <= 65536) or int32; the column of each entry, ascending within a group.
         values_EG: float32 [E, g].
+        order_M: int64 [M]; stored row r is row order[r] of the matrix. None where rows stand in their own order.
     """
 
     g: int
@@ -41,6 +42,13 @@ class Stream:
     starts_BG: Tensor
     indices_E: Tensor
     values_EG: Tensor
+    order_M: Tensor | None = None
+
+    def places(self) -> Tensor:
+        """For kernels: the row of each stored row, up to whole groups, and then the places 0 to g - 1 of a group."""
+        order_M = torch.arange(self.rows) if self.order_M is None else self.order_M
+        missing = order_M.new_zeros(self.groups * self.g - self.rows)
+        return torch.cat([order_M, missing, torch.arange(self.g)])
 
     def __getstate__(self) -> dict:
         """Copies and pickles carry the weights only: laid-out plans hold addresses of this very object."""

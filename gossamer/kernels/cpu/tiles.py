@@ -44,14 +44,14 @@ def _weights(b, value, e, lanes: int) -> list:
     return [b.shuffle_vector(loaded, nothing, ir.Constant(ir.VectorType(_I32, lanes), p)) for p in spread]
 
 
-def _start(b, bias, bias_step, base, y_row, kind, rows: int, vectors: int, lanes: int) -> list:
+def _start(b, bias, bias_step, base, y_row, kind, places: list, vectors: int, lanes: int) -> list:
     """Sums start from the bias of their row, plus what stands at `base` when that is not zero."""
-    biases = [_splat(b, _load(b, b.add(bias, b.mul(bias_step, _n(r))), _F32, 4), lanes) for r in range(rows)]
+    biases = [_splat(b, _load(b, b.add(bias, b.mul(bias_step, r)), _F32, 4), lanes) for r in places]
     before = b.block
     resume, ready = b.append_basic_block("resume"), b.append_basic_block("ready")
     b.cbranch(b.icmp_signed("!=", base, _n(0)), resume, ready)
     b.position_at_end(resume)
-    at = [b.add(b.add(base, b.mul(y_row, _n(r))), _n(4 * lanes * v)) for r in range(rows) for v in range(vectors)]
+    at = [b.add(b.add(base, b.mul(y_row, r)), _n(4 * lanes * v)) for r in places for v in range(vectors)]
     loaded = [b.fadd(_load(b, place, kind, 4), biases[i // vectors]) for i, place in enumerate(at)]
     b.branch(ready)
     b.position_at_end(ready)
@@ -88,20 +88,21 @@ def _finish(b, sums, bounds, kind, lanes: int) -> list:
 
 @intrinsic(prefer_literal=True)
 def product_tile(
-    typing, rows, vectors, lanes, index_bytes,
-    stop, start, index, value, panel, unit, y, y_row, base, bias, bias_step, bounds,
+    typing, rows, vectors, lanes, index_bytes, ordered,
+    stop, start, index, value, panel, unit, y, y_row, base, bias, bias_step, bounds, order,
 ):  # fmt: skip
     """y[r, :] = clamp(bias[r] + base[r, :] + sum over entries e of value[e, r] * panel[index[e] * unit, :]).
 
     `base` (rows lie as far apart as those of y) and `bounds` (two floats) are left out when zero. Strides are in bytes.
+    With `ordered` row r is row order[r] of y, base and bias (int64); else `order` is not read.
     """
-    G, V, L, B = (t.literal_value for t in (rows, vectors, lanes, index_bytes))
+    G, V, L, B, sorts = (t.literal_value for t in (rows, vectors, lanes, index_bytes, ordered))
     # Two multiply-adds start every cycle and each takes four: eight independent sums keep the core busy.
     chains = 1 if G > 1 or V > 5 else min(_TOGETHER, -(-8 // V))
     kind, size = ir.VectorType(_F32, L), G * V
 
     def gen(ctx, b, sig, args):
-        stop, start, index, value, panel, unit, y, y_row, base, bias, bias_step, bounds = args[4:]
+        stop, start, index, value, panel, unit, y, y_row, base, bias, bias_step, bounds, order = args[5:]
         fma = _declare(b, f"llvm.fmuladd.v{L}f32", kind, kind, kind, kind)
 
         def add(sums, place, weights):
@@ -117,7 +118,8 @@ def product_tile(
             at = b.add(value, b.mul(e, _n(4 * G)))
             return [_splat(b, _load(b, b.add(at, _n(4 * r)), _F32, 4), L) for r in range(G)]
 
-        sums = _start(b, bias, bias_step, base, y_row, kind, G, V, L)
+        at = [_load(b, b.add(order, _n(8 * r)), _I64, 8) if sorts else _n(r) for r in range(G)]
+        sums = _start(b, bias, bias_step, base, y_row, kind, at, V, L)
         sums = sums + [ir.Constant(kind, None)] * (size * (chains - 1))
         loop = _Loop(b, start, stop, _TOGETHER, sums)
         now, places = list(loop.values), _places(b, index, loop.i, B)
@@ -134,7 +136,7 @@ def product_tile(
         for c in range(1, chains):
             sums = [b.fadd(sums[k], sums[c * size + k]) for k in range(size)] + sums[size:]
         for i, x in enumerate(_finish(b, sums[:size], bounds, kind, L)):
-            _store(b, x, b.add(b.add(y, b.mul(y_row, _n(i // V))), _n(4 * L * (i % V))), 4)
+            _store(b, x, b.add(b.add(y, b.mul(y_row, at[i // V])), _n(4 * L * (i % V))), 4)
         return ctx.get_dummy_value()
 
-    return types.void(rows, vectors, lanes, index_bytes, *[_int] * 12), gen
+    return types.void(rows, vectors, lanes, index_bytes, ordered, *[_int] * 13), gen
