@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import assets, doctor
+from . import assets, cache, doctor
 from .bench import bench
 from .codes import EPILOG, Group
 from .demo import demo
@@ -18,6 +18,7 @@ from .prune import prune
 from .report import report
 from .screen import err
 from .train import train
+from .warmup import warmup
 
 app = typer.Typer(
     name="gossamer",
@@ -29,9 +30,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (demo, prune, pack, train, bench, report, methods):
+for command in (demo, prune, pack, train, bench, report, methods, warmup):
     app.command(epilog=EPILOG)(command)
 app.add_typer(assets.app, name="assets")
+app.add_typer(cache.app, name="cache")
 app.add_typer(doctor.app, name="doctor")
 
 

@@ -32,6 +32,8 @@ OPTIONAL = {
 REQUIRED = {"torch": "2.6", "numpy": "1.26", "numba": "0.61", "safetensors": "0.4", "greenlet": "3.0"}
 KERNELS = ("spmm", "spmm_columns", "spmm_conv", "bitmask_float32", "bitmask_bfloat16", "int4groups")
 ROOM_MB = 500
+# Backends that need no compiled kernel.
+FALLBACK = "backends dense, unpack and reference"
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def _threads() -> Iterator[Finding]:
 def _processor() -> Iterator[Finding]:
     from ..kernels.cpu.target import cpu_name, features, lanes
 
-    wide = [f for f in ("avx512f", "avx512vbmi2", "avx2", "fma", "neon") if f in features()]
+    wide = [f for f in ("avx512f", "avx512vbmi2", "avx512bf16", "avx2", "fma", "neon") if f in features()]
     found = f"{cpu_name()}: {', '.join(wide) or 'no wide vectors'}; {lanes()} float32 lanes"
     advice = "" if lanes() >= 8 else "kernels run with narrow vectors; gains will be small"
     yield Finding("processor", "ok" if lanes() >= 8 else "note", found, advice)
@@ -157,7 +159,11 @@ def _processor() -> Iterator[Finding]:
 
 def _kernels() -> Iterator[Finding]:
     from ..kernels.cpu.target import supports
+    from ..kernels.cpu.trial import cannot_compile
 
+    broken = cannot_compile()
+    advice = f"reinstall numba; until then torch computes every product ({FALLBACK})" if broken else ""
+    yield Finding("kernel compiler", "broken" if broken else "ok", broken or "a trial kernel runs", advice)
     for name in KERNELS:
         why = supports(name)
         advice = "" if why is None else "nothing to do: other kernels, or dense, serve instead"
@@ -166,15 +172,30 @@ def _kernels() -> Iterator[Finding]:
 
 def _caches() -> Iterator[Finding]:
     from ..data import cache_dir
+    from ..kernels.caches import caches
     from ..kernels.cpu.cache import kernel_dir
+    from ..kernels.tuning import SWITCH, enabled
 
-    for what, folder in (("compiled kernels", kernel_dir()), ("assets", cache_dir())):
-        good = _writable(folder)
-        advice = "" if good else "set GOSSAMER_CACHE_DIR to a folder that can be written"
-        yield Finding(f"cache for {what}", "ok" if good else "broken", str(folder), advice)
+    kernels, tunings = caches()
+    for what, folder, cache, unit in (
+        ("compiled kernels", kernel_dir(), kernels, "functions"),
+        ("measured times", tunings.folder, tunings, "measurements"),
+    ):
+        found = f"{folder}: {cache.entries} {unit}, {cache.nbytes / 1e6:.1f} MB"
+        yield _cache(what, folder, found, f"'gossamer cache clear {cache.name}' empties it")
+    yield _cache("assets", cache_dir(), str(cache_dir()), "")
+    if not enabled():
+        advice = f"unset {SWITCH}: 'pack' and 'compile' measure the same layers in every process"
+        yield Finding("measured times", "note", "not kept", advice)
     free = shutil.disk_usage(_existing(cache_dir())).free / 1e6
     advice = "" if free > ROOM_MB else f"the demos need about {ROOM_MB} MB; free some, or set GOSSAMER_CACHE_DIR"
     yield Finding("disk", "ok" if free > ROOM_MB else "note", f"{free / 1e3:.1f} GB free", advice)
+
+
+def _cache(what: str, folder: Path, found: str, advice: str) -> Finding:
+    good = _writable(folder)
+    advice = advice if good else "set GOSSAMER_CACHE_DIR to a folder that can be written"
+    return Finding(f"cache for {what}", "ok" if good else "broken", found, advice)
 
 
 def _existing(folder: Path) -> Path:

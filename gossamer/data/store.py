@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gossamer.core.errors import AssetError, unknown
-from gossamer.core.files import cache_root, digest
+from gossamer.core.files import cache_root, digest, locked
 from gossamer.data import clients
 from gossamer.data.clients import Progress
 from gossamer.data.extract import extract
@@ -32,20 +32,6 @@ STALE_SECONDS = 24 * 3600
 def cache_dir() -> Path:
     """Where assets are kept: `GOSSAMER_CACHE_DIR`, else gossamer's folder in the user's cache, `/assets`."""
     return cache_root() / "assets"
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold an advisory lock that the system drops when the process dies."""
-    try:
-        import fcntl
-    except ImportError:
-        # Without it two processes may download twice; the rename still keeps either result whole.
-        yield
-        return
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager
@@ -95,7 +81,8 @@ class Store:
         if not self.cached(name):
             with _disk_errors(asset.archive, self.root):
                 self.root.mkdir(parents=True, exist_ok=True)
-                with _lock(self.root / f".{asset.archive.filename}.lock"):
+                # Without locks two processes may download twice; the rename still keeps either result whole.
+                with locked(self.root / f".{asset.archive.filename}.lock"):
                     # Another process may have finished while we waited.
                     if not self.cached(name):
                         self._obtain(asset.archive, progress)

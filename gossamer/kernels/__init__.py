@@ -2,5 +2,19 @@
 
 from gossamer.kernels import dense, gpu, ops, sparse
 from gossamer.kernels.dispatch import BACKENDS, KERNELS, Plan, Refusal, explain, kernel, resolve
+from gossamer.kernels.warm import warm_up
 
-__all__ = ["BACKENDS", "KERNELS", "Plan", "Refusal", "dense", "explain", "gpu", "kernel", "ops", "resolve", "sparse"]
+__all__ = [
+    "BACKENDS",
+    "KERNELS",
+    "Plan",
+    "Refusal",
+    "dense",
+    "explain",
+    "gpu",
+    "kernel",
+    "ops",
+    "resolve",
+    "sparse",
+    "warm_up",
+]

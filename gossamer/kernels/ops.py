@@ -169,6 +169,8 @@ def check_input(x: Tensor, cols: int, like) -> None:
     """
     if not x.dim() or x.shape[-1] != cols:
         raise width_error(x, cols)
+    if x.layout is not torch.strided:
+        raise FormatError(f"the layer takes ordinary tensors, x has the layout {x.layout}; call .to_dense()")
     if x.dtype != like.dtype or x.device != like.device:
         raise FormatError(
             f"the layer's weights are {like.dtype} on {like.device}, x is {x.dtype} on {x.device}; "

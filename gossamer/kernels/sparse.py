@@ -34,7 +34,8 @@ def cannot_run_here(name: str, module: str) -> str | None:
     """The processor's or the installation's reason against a CPU kernel; None when it runs."""
     try:
         import_module(f"gossamer.kernels.cpu.{module}")
-        return import_module("gossamer.kernels.cpu.target").supports(name)
+        broken = import_module("gossamer.kernels.cpu.trial").cannot_compile()
+        return broken or import_module("gossamer.kernels.cpu.target").supports(name)
     except ImportError as error:
         return f"its compiler could not be imported ({error})"
 

@@ -58,6 +58,8 @@ def _narrow(read: _Read) -> np.ndarray:
 
 def _numbers(tensor: Tensor, name: str) -> np.ndarray:
     """A tensor's memory as numpy sees it; bfloat16 and float16 are widened, which is exact."""
+    if tensor.layout is not torch.strided:
+        raise FormatError(f"{name} holds a part in the layout {tensor.layout}; call .to_dense() on that part")
     if not tensor.is_cpu:
         raise FormatError(f"spgemm runs on the CPU, {name} is on {tensor.device}; move it with .cpu()")
     if tensor.requires_grad and torch.is_grad_enabled():
@@ -70,8 +72,23 @@ def _read(x, name: str) -> _Read:
     """Take a matrix apart, whichever library it comes from.
 
     Raises:
-        FormatError: it is dense, of another layout, on another device, or wants a gradient.
+        FormatError: it is dense, damaged, of another layout, on another device, or wants a gradient.
     """
+    read = _taken_apart(x, name)
+    arrays = (read.starts, read.columns, read.values)
+    if any(a.ndim != 1 for a in arrays) or any(a.dtype.kind not in "iu" for a in arrays[:2]):
+        got = ", ".join(f"{a.dtype} {a.shape}" for a in arrays)
+        raise FormatError(f"{name} needs flat whole-numbered starts and columns and flat values, got {got}; rebuild it")
+    counts = [len(a) for a in arrays]
+    if counts[0] != read.shape[0] + 1 or counts[1] != counts[2]:
+        raise FormatError(
+            f"{name} of {read.shape[0]} rows needs one start more, and a value for each column index; got {counts[0]} "
+            f"starts, {counts[1]} indices and {counts[2]} values; rebuild it"
+        )
+    return read
+
+
+def _taken_apart(x, name: str) -> _Read:
     if isinstance(x, CSR):
         arrays = [_numbers(part, name) for part in (x.indptr, x.indices, x.values)]
         return _Read("csr", (x.rows, x.cols), *arrays, 4)

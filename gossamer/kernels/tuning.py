@@ -13,7 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,8 +50,15 @@ def machine() -> dict[str, str]:
         "torch_vectors": torch.backends.cpu.get_cpu_capability(),
         "gossamer": __version__,
         "kernels": abi_version(),
-        **{name: version(name) for name in ("torch", "numba", "llvmlite")},
+        **{name: _version(name) for name in ("torch", "numba", "llvmlite")},
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def recall(kind: str, key: Mapping[str, object], read: Callable[[object], T]) -> T | None:

@@ -160,6 +160,11 @@ class PackedConv2d(nn.Module):
         if x.dim() not in (axes + 1, axes + 2) or x.shape[-axes - 1] != channels:
             want = f"images [N, {channels}, H, W]" if axes == 2 else f"lines [N, {channels}, L]"
             raise FormatError(f"the layer takes {want} or without N, got shape {tuple(x.shape)}")
+        dtype = self.linear.values.dtype
+        if x.layout is not torch.strided or (x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)):
+            raise FormatError(f"the layer's weights are {dtype}, x is {x.dtype} in the layout {x.layout}; convert one")
+        if not torch.compiler.is_compiling():
+            self.shape.window.output(*((1,) * (2 - axes) + tuple(x.shape[-axes:])))
 
     def _pixels(self, x: Tensor, last: bool) -> Tensor:
         """A 1x1 convolution: sparse kernels read images in their own layout, others see pixels as tokens."""

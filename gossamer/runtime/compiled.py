@@ -15,6 +15,7 @@ from ..core.errors import GossamerError
 from ..deploy.examples import TOLERANCE, Example, difference, tensors
 from ..deploy.layers import packed_layers
 from ..deploy.unpack import unpack
+from ..kernels.cpu.trial import need_kernels
 from ..kernels.tuning import recall, remember
 from . import planes, tokens
 from .capture import Call, Captured, CaptureError, capture
@@ -53,6 +54,7 @@ def compile(model: nn.Module, example: Example, *, remeasure: bool = False) -> C
             makes tensors whose sizes depend on values.
         GossamerError: the model or the example is not on the CPU.
         NonFiniteError: a weight holds NaN or infinity.
+        DispatchError: no kernel can be compiled here; the reason is given.
 
     Departs from `torch.compile`: no compiler is called, weights are constants, and sparse ones pay.
 
@@ -60,6 +62,7 @@ def compile(model: nn.Module, example: Example, *, remeasure: bool = False) -> C
         >>> fast = compile(model, batch)  # doctest: +SKIP
         >>> fast(**batch)  # doctest: +SKIP
     """
+    need_kernels("compile", "run the model as pack leaves it, layer by layer, or as it is")
     call = Call.of_example(example)
     _need_cpu(model, call)
     model = _plain(model)

@@ -19,6 +19,7 @@ from gossamer.kernels.cpu.int4decode import Int4Product
 from gossamer.kernels.cpu.launch import Launch
 from gossamer.kernels.cpu.memory import large_pages
 from gossamer.kernels.cpu.tiledecode import TileProduct
+from gossamer.kernels.cpu.trial import need_kernels
 from gossamer.nn import PackedLinear
 
 # What a token needs beside its weights: (kernel, addresses), laid out once.
@@ -113,6 +114,7 @@ class Decoder:
         head: Callable[[Tensor], Format] | None = None,
         threads: int | None = None,
     ) -> None:
+        need_kernels("Decoder", "call the model itself, token by token")
         config = _served(model)
         self.max_tokens = -(-max_tokens // 16) * 16
         self.vocabulary, self.position = config.vocab_size, 0

@@ -10,9 +10,9 @@ from itertools import accumulate
 
 import torch
 
+from ..kernels.cpu.bands import MEET, SHARED, STEP_BYTES
 from ..kernels.cpu.conv_plan import GRAIN
 from ..kernels.cpu.launch import Launch
-from ..kernels.cpu.sequence import MEET, SHARED, STEP_BYTES, kernel, yield_at
 from ..kernels.cpu.threads import team_size_at, thread_number_at
 
 # Counters and scratch address stand before the addresses of a block.
@@ -60,6 +60,8 @@ class NativeSequence:
     """
 
     def __init__(self, calls: Sequence[tuple[Launch, Sequence[int | Place]]], scratch_at: int, threads: int) -> None:
+        from ..kernels.cpu.sequence import kernel, yield_at
+
         self.calls, self.scratch_at, self.parts = calls, scratch_at, []
         work = sum(launch.bands.work for launch, _ in calls if launch.bands)
         paid = max(work // GRAIN, *(launch.threads for launch, _ in calls))

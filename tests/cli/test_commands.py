@@ -15,7 +15,7 @@ from gossamer.cli import codes
 from gossamer.cli import doctor as doctor_module
 from gossamer.core.errors import AssetError, FileDamaged, MissingDependency, PatternError
 
-COMMANDS = ("demo", "prune", "pack", "train", "bench", "report", "methods", "assets", "doctor")
+COMMANDS = ("demo", "prune", "pack", "train", "bench", "report", "methods", "assets", "cache", "warmup", "doctor")
 ROOT = Path(__file__).parents[2]
 
 
@@ -92,7 +92,7 @@ def test_doctor_ends_with_4_and_says_what_to_do(gossamer, tmp_path, monkeypatch)
     result = gossamer("doctor", "--json")
     assert result.exit_code == 4
     broken = [f for f in json.loads(result.stdout)["findings"] if f["status"] == "broken"]
-    assert [f["what"] for f in broken] == ["cache for assets"]
+    assert [f["what"] for f in broken] == ["cache for measured times", "cache for assets"]
     assert "GOSSAMER_CACHE_DIR" in broken[0]["advice"]
 
 

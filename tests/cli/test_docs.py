@@ -19,6 +19,7 @@ PAGES = (
     "guide/decode.md",
     "guide/formats.md",
     "guide/kernels.md",
+    "guide/machine.md",
     "guide/pack.md",
     "guide/runtime.md",
     "guide/save.md",

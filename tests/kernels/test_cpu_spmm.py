@@ -318,8 +318,8 @@ def test_wrong_inputs_are_refused_by_name():
 SECOND = """
 import logging, sys, torch
 logging.basicConfig(level=logging.INFO, stream=sys.stdout)
-from gossamer.kernels.cpu.spmm import warm_up
-warm_up(groups=(1,), decode=False)
+from gossamer.kernels.cpu.plan import kernel_for
+kernel_for(1, 2), kernel_for(1, 4)
 """
 
 
@@ -334,7 +334,7 @@ def test_compiled_kernels_come_from_disk_in_a_second_process(tmp_path, monkeypat
 
 OLDER = """
 import torch
-from gossamer.kernels.cpu import spmm, stream, target
+from gossamer.kernels.cpu import plan, spmm, stream, target
 w = torch.randn(45, 70) * (torch.rand(45, 70) < 0.3)
 row, column = w.nonzero(as_tuple=True)
 starts = torch.zeros(46, dtype=torch.int32)
@@ -346,7 +346,7 @@ for tokens in (1, 7, 50):
         x = torch.randn(tokens, 70)
         error = (spmm.spmm(weight, x, None, activation) - exact(x.double() @ w.double().T)).abs().max()
         assert error < 2e-5, (tokens, activation, error)
-assembly = spmm.kernel_for(1, 2).kernel._library.get_asm_str()
+assembly = plan.kernel_for(1, 2).kernel._library.get_asm_str()
 print(target.lanes(), "zmm" in assembly, "ymm" in assembly)
 """
 

@@ -150,7 +150,7 @@ def test_wrong_inputs_are_refused_by_name():
 
 def test_other_processors_are_told_why(monkeypatch):
     monkeypatch.setattr(target, "features", lambda: frozenset({"avx2", "fma"}))
-    tiledecode._kernel.cache_clear()
+    tiledecode.kernel_for.cache_clear()
     with pytest.raises(DispatchError, match="AVX-512"):
         run(weights(5, 8, 0.5), torch.randn(1, 8))
 

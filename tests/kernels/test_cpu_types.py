@@ -357,7 +357,7 @@ def test_wrong_inputs_are_refused_by_name():
         (lambda: spmm_panels(weight, x.float()), "x must be"),
         (lambda: spmm_panels(weight, x, torch.randn(8).bfloat16()), "bias"),
         (lambda: spmm_panels(weight, x, out=torch.empty(2, 8, 16)), "out must be"),
-        (lambda: spmm_panels(weight, x, out=x), "overlaps x"),
+        (lambda: spmm_panels(weight, x, out=x), "overlaps an input"),
         (lambda: spmm_panels(weight, x, residual_PMW=x), "no residual"),
         (lambda: spmm_panels(weight, x, used=33), "used positions"),
         (lambda: spmm_panels(weight, x[..., :16].contiguous()), "multiple of 32"),

@@ -180,6 +180,6 @@ def test_wrong_inputs_are_refused_by_name():
 
 def test_other_processors_are_told_why(monkeypatch):
     monkeypatch.setattr(target, "features", lambda: frozenset({"avx512f"}))
-    int4decode._kernel.cache_clear()
+    int4decode.kernel_for.cache_clear()
     with pytest.raises(DispatchError, match="dot product"):
         Int4Product.of(Int4Groups.from_dense(matrix(5, 32)))(torch.randn(1, 32))

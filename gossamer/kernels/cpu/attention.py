@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gossamer.core.errors import FormatError
-from gossamer.kernels.cpu.checks import need_floats
+from gossamer.kernels.cpu.checks import need_counts, need_floats
 from gossamer.kernels.cpu.launch import Launch, launch
 from gossamer.kernels.cpu.target import lanes
 from gossamer.kernels.cpu.tokens import WIDTH, empty_panels, float_bits, need_panels, padded
@@ -66,6 +66,11 @@ def plan_attention(
     from gossamer.kernels.cpu import attention_loops as loops
 
     kv_heads = heads if kv_heads is None else kv_heads
+    need_counts(batch=batch, seq=seq)
+    if head_dim < 1:
+        raise FormatError(
+            f"a head needs at least one feature, got {head_dim}; q has too few features for {heads} heads"
+        )
     _need_even(heads, kv_heads)
     features = _features(heads, kv_heads, head_dim, features, offsets)
     tiles = -(-padded(seq) // (lanes() * loops.WIDEST))

@@ -10,6 +10,11 @@ from dataclasses import dataclass
 
 from gossamer.kernels.cpu.window import Window
 
+# Of a step in a list of kernel calls: where its kernel (none: nothing to do) and its argument block lie, and flags.
+STEP_BYTES = 24
+# The flags: the threads meet after the step; several threads take their tasks from its block.
+MEET, SHARED = 1, 2
+
 
 @dataclass(frozen=True)
 class Part:

@@ -11,7 +11,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from gossamer.core.files import cache_root
+from gossamer.core.files import cache_root, locked
 from gossamer.kernels.cpu.target import cpu_name
 
 _log = logging.getLogger("gossamer")
@@ -70,17 +70,55 @@ def compile_kernel(function, name: str):
     """
     from numba import types
     from numba.core.ccallback import CFunc
+    from numba.core.errors import NumbaError
 
     class Announced(CFunc):
+        may_compile = False
+
         def _compile_uncached(self):
+            if not self.may_compile:
+                raise _NotThereError
             announce(name)
             return super()._compile_uncached()
 
     with _numba_cache_here():
         kernel = Announced(function, ((types.voidptr,), types.void), {}, {"error_model": "numpy"})
         kernel.enable_caching()
-        kernel.compile()
+        if not _read(kernel):
+            # Two processes that store at once may mix up whose code is whose in Numba's index.
+            with locked(kernel_dir() / ".lock"):
+                kernel.may_compile = True
+                try:
+                    kernel.compile()
+                except NumbaError:
+                    raise
+                except Exception as error:  # a helper's file is damaged
+                    _forget(error)
+                    kernel.compile()
     return kernel
+
+
+class _NotThereError(Exception):
+    """A kernel must be compiled first."""
+
+
+def _read(kernel) -> bool:
+    """Whether the kernel was on disk; nobody is waited for."""
+    try:
+        kernel.compile()
+    except _NotThereError:
+        return False
+    except Exception as error:  # a damaged file raises anything
+        _forget(error)
+        return False
+    return True
+
+
+def _forget(error: Exception) -> None:
+    """Drop the indices of a damaged cache: everything is compiled again and written over."""
+    _log.warning("the cached kernels in %s are damaged (%s): compiled again", kernel_dir(), type(error).__name__)
+    for index in kernel_dir().rglob("*.nbi"):
+        index.unlink(missing_ok=True)
 
 
 def helper(function):

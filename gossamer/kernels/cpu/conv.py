@@ -14,7 +14,7 @@ from torch import Tensor
 from gossamer.core.errors import FormatError
 from gossamer.kernels.cpu import conv_plan
 from gossamer.kernels.cpu.bands import Bands, Part
-from gossamer.kernels.cpu.checks import need_bias, need_floats, output
+from gossamer.kernels.cpu.checks import need_bias, need_counts, need_floats, output
 from gossamer.kernels.cpu.conv_layout import ALIGNED, FLAT, HALO, Lines
 from gossamer.kernels.cpu.conv_plan import bounds_of, laid_out, run_on, zeros_at
 from gossamer.kernels.cpu.launch import Launch
@@ -97,6 +97,7 @@ def plan_conv(
     from gossamer.kernels.cpu.conv_kernel import kernel, widths
     from gossamer.kernels.cpu.target import lanes
 
+    need_counts(images=images)
     if (refused := refuse_conv(weights, window, groups)) is not None:
         raise FormatError(refused)
     out_high, out_wide = window.output(high, wide)
@@ -245,10 +246,10 @@ def sparse_conv(
         activation: as in `plan_conv`.
         groups: as in `plan_conv`.
         residual: added before the activation, in the shape of the result; may be `out` itself.
-        out: where to write; made when None.
+        out: where to write; made when None. It may not overlap x.
 
     Raises:
-        FormatError: a shape, dtype or layout does not fit.
+        FormatError: a shape, dtype, layout or overlap does not fit.
         UnknownName: no such activation.
 
     Example:
@@ -262,7 +263,7 @@ def sparse_conv(
     need_floats("x", x_NCHW, f"[..., {channels}, H, W]", fits)
     (high, wide), images = x_NCHW.shape[-2:], x_NCHW.shape[0] if x_NCHW.dim() == 4 else 1
     out_high, out_wide = window.output(high, wide)
-    out = output(out, (*x_NCHW.shape[:-3], weights.rows, out_high, out_wide))
+    out = output(out, (*x_NCHW.shape[:-3], weights.rows, out_high, out_wide), (x_NCHW, bias_M), (residual,))
     if residual is not None:
         need_floats("residual", residual, str(list(out.shape)), residual.shape == out.shape)
     if out.numel():

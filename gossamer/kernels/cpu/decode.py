@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from gossamer.core.errors import DispatchError, FormatError
-from gossamer.kernels.cpu.checks import activation_code, need_bias
+from gossamer.kernels.cpu.checks import activation_code, need_bias, need_part, need_tokens
 from gossamer.kernels.cpu.target import supports
 from gossamer.kernels.cpu.workplace import workplace
 
 MOST_TOKENS = 8
 _FLOATS = (torch.float32, torch.bfloat16)
+# Values that may be read past the last: one whole step.
+_READ_AHEAD = 16
 # Mask bits that pay for waking one more thread: about ten microseconds of work.
 GRAIN = 300_000
 _pack_into = struct.Struct("=19q").pack_into
@@ -24,7 +26,7 @@ _kernels: dict[tuple[int, int], object] = {}
 _zero_bias: dict[int, Tensor] = {}
 
 
-def _kernel(tokens: int, value_bytes: int):
+def kernel_for(tokens: int, value_bytes: int):
     """The compiled kernel; Numba is imported here, on first use."""
     found = _kernels.get((tokens, value_bytes))
     if found is None:
@@ -34,17 +36,6 @@ def _kernel(tokens: int, value_bytes: int):
 
         found = _kernels[tokens, value_bytes] = bitmask.kernel(tokens, value_bytes)
     return found
-
-
-def warm_up_decode(*, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> None:
-    """Compile every bitmask product that this processor supports."""
-    for dtype in dtypes:
-        if supports(f"bitmask_{str(dtype).removeprefix('torch.')}") is None:
-            for tokens in (1, 2, 4, 8):
-                _kernel(tokens, dtype.itemsize)
-    from gossamer.kernels.cpu.tiledecode import warm_up_tiles
-
-    warm_up_tiles(dtypes=dtypes)
 
 
 def bitmask_matvec(
@@ -103,23 +94,19 @@ def _bias_of(rows: int, bias_M: Tensor | None, code: int) -> Tensor | None:
 
 def _check(bits, offsets, values, rows, cols, x_TK, bias_M) -> None:
     width = 2 * -(-cols // 16)
-    if bits.dtype is not torch.uint8 or bits.shape != (rows, width) or not bits.is_contiguous():
-        raise FormatError(f"bits must be contiguous uint8 [{rows}, {width}], got {bits.dtype} {tuple(bits.shape)}")
-    if offsets.dtype is not torch.int32 or offsets.shape != (rows + 1,) or not offsets.is_contiguous():
-        raise FormatError(f"offsets must be int32 [{rows + 1}], got {offsets.dtype} {tuple(offsets.shape)}")
-    if values.dtype not in _FLOATS or values.dim() != 1 or not values.is_contiguous():
-        raise FormatError(f"values must be flat float32 or bfloat16, got {values.dtype} {tuple(values.shape)}")
-    if x_TK.dim() != 2 or x_TK.shape[1] != cols or not x_TK.is_contiguous() or not x_TK.is_cpu:
-        raise FormatError(f"x must be contiguous [T, {cols}] on the CPU, got {tuple(x_TK.shape)} on {x_TK.device}")
-    if x_TK.dtype not in _FLOATS:
-        raise FormatError(f"x must be float32 or bfloat16, got {x_TK.dtype}; convert it")
+    need_part("bits", bits, torch.uint8, (rows, width))
+    need_part("offsets", offsets, torch.int32, (rows + 1,))
+    if values.dtype not in _FLOATS:
+        raise FormatError(f"values must be float32 or bfloat16, got {values.dtype}; convert them when packing")
+    need_part("values", values, values.dtype, (int(offsets[-1]) + _READ_AHEAD,))
+    need_tokens(x_TK, cols)
     need_bias(rows, bias_M)
 
 
 def _launch(weight_at, value_bytes, rows, cols, tokens, x_at, x_bytes, bias_M, code, y_at) -> None:
     """One pass over the weights for at most eight tokens; everything in memory by its address."""
     width, padded = 16 * -(-cols // 16), 1 << (tokens - 1).bit_length()
-    entry = _kernel(padded, value_bytes)
+    entry = kernel_for(padded, value_bytes)
     wanted = max(1, min(torch.get_num_threads(), rows * width // GRAIN))
     # Rows per task: four tasks a thread even out the load; whole cache lines of y, sixteen floats, stay together.
     each = min(1024, 16 * -(-rows // (16 * (4 * wanted if wanted > 1 else 1))))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gossamer.core.errors import FormatError
 from gossamer.kernels.cpu.bands import Bands, Part, lines_read
-from gossamer.kernels.cpu.checks import need_bias, need_floats, output
+from gossamer.kernels.cpu.checks import need_bias, need_counts, need_floats, output
 from gossamer.kernels.cpu.conv_plan import bounds_of, laid_out, run_on, shares, zeros_at
 from gossamer.kernels.cpu.launch import Launch
 from gossamer.kernels.cpu.planes import plane_stride
@@ -98,8 +98,8 @@ def plan_depthwise(
     """
     from gossamer.kernels.cpu.target import lanes
 
-    if weight_CHW.dim() != 3 or tuple(weight_CHW.shape[1:]) != window.kernel:
-        raise FormatError(f"the weight must be [C, {window.kernel}], got {tuple(weight_CHW.shape)}")
+    need_counts(images=images)
+    _need_weight(weight_CHW, window)
     (out_high, out_wide), channels = window.output(high, wide), weight_CHW.shape[0]
     x_plane, y_plane = strides or (plane_stride(high * wide), plane_stride(out_high * out_wide))
     weight = weight_CHW.detach().to(torch.float32).contiguous().clone()
@@ -141,6 +141,20 @@ def plan_depthwise(
         if images == 1 and window.taps <= _BANDED_TAPS
         else None,
     )
+
+
+def _need_weight(weight_CHW: Tensor, window: Window) -> None:
+    fits = weight_CHW.dim() == 3 and tuple(weight_CHW.shape[1:]) == window.kernel
+    if (
+        not fits
+        or not weight_CHW.is_cpu
+        or not weight_CHW.is_floating_point()
+        or weight_CHW.layout is not torch.strided
+    ):
+        raise FormatError(
+            f"the weight must be floats [C, {window.kernel[0]}, {window.kernel[1]}] on the CPU, "
+            f"got {weight_CHW.dtype} {tuple(weight_CHW.shape)} on {weight_CHW.device}"
+        )
 
 
 def _folded(window: Window, wide: int, out_high: int) -> tuple[Tensor, int, int]:
@@ -189,21 +203,23 @@ def depthwise(
         bias_C: float32 [C].
         activation: as in `plan_depthwise`.
         residual: added before the activation, in the shape of the result; not `out` itself.
-        out: where to write; made when None.
+        out: where to write; made when None. It may not overlap x.
 
     Raises:
-        FormatError: a shape, dtype or layout does not fit.
+        FormatError: a shape, dtype, layout or overlap does not fit.
         UnknownName: no such activation.
 
     Example:
         >>> y = depthwise(torch.randn(8, 3, 3), torch.randn(8, 20, 20), Window((3, 3), padding=(1, 1, 1, 1)))
     """
-    channels, (high, wide) = weight_CHW.shape[0], x_NCHW.shape[-2:]
+    _need_weight(weight_CHW, window)
+    channels = weight_CHW.shape[0]
     fits = x_NCHW.dim() in (3, 4) and x_NCHW.shape[-3] == channels
     need_floats("x", x_NCHW, f"[..., {channels}, H, W]", fits)
+    high, wide = x_NCHW.shape[-2:]
     need_bias(channels, bias_C)
     out_high, out_wide = window.output(high, wide)
-    out = output(out, (*x_NCHW.shape[:-2], out_high, out_wide))
+    out = output(out, (*x_NCHW.shape[:-2], out_high, out_wide), (x_NCHW, bias_C, residual))
     if residual is not None:
         need_floats("residual", residual, str(list(out.shape)), residual.shape == out.shape)
     if out.numel():

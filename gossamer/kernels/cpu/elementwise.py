@@ -115,7 +115,7 @@ def elementwise(
         panels, features, width=width, form=form, activation=activation, threads=torch.get_num_threads()
     )
     z_PKW = _second(form, x_PKW, z_PKW)
-    out = output(out, tuple(x_PKW.shape))
+    out = output(out, tuple(x_PKW.shape), (), (x_PKW, z_PKW))
     plan.run(x_PKW.data_ptr(), 0 if z_PKW is None else z_PKW.data_ptr(), out.data_ptr())
     return out
 
@@ -223,11 +223,11 @@ def rotary(
     Example:
         >>> y = rotary(q, cos, sin, batch=2, heads=9)
     """
+    need_floats("cos", cos_SD, "[S, D / 2]", cos_SD.dim() == 2)
+    need_floats("sin", sin_SD, f"{list(cos_SD.shape)} like cos", sin_SD.shape == cos_SD.shape)
     seq, half = cos_SD.shape
     need_panels("x", x_PKW, batch, seq, 2 * heads * half)
-    if sin_SD.shape != cos_SD.shape:
-        raise FormatError(f"cos and sin must have one shape, got {tuple(cos_SD.shape)} and {tuple(sin_SD.shape)}")
-    out = output(out, tuple(x_PKW.shape))
+    out = output(out, tuple(x_PKW.shape), (), (x_PKW,))
     cos, sin = rotary_table(cos_SD), rotary_table(sin_SD)
     plan = plan_rotary(batch, seq, heads, 2 * half, threads=torch.get_num_threads())
     plan.run(x_PKW.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr())

@@ -79,7 +79,7 @@ def embed(*tables: tuple[Tensor | None, Tensor]) -> Tensor:
     """
     if not tables or tables[0][0] is None or tables[0][0].dim() != 2:
         raise FormatError("the first pair must bring int64 ids [B, S]; give (ids, table) pairs")
-    (batch, seq), features = tables[0][0].shape, tables[0][1].shape[-1]
+    (batch, seq), features = tables[0][0].shape, tables[0][1].shape[-1] if tables[0][1].dim() else 0
     for ids_BS, table_NK in tables:
         _check(ids_BS, table_NK, batch, seq, features)
     rows = tuple(len(table_NK) for _, table_NK in tables)

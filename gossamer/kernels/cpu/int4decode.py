@@ -14,7 +14,7 @@ from torch import Tensor
 from gossamer.core.errors import DispatchError, FormatError
 from gossamer.formats.int4groups import CHUNK, GROUP, Int4Groups
 from gossamer.kernels.cpu import decode
-from gossamer.kernels.cpu.checks import activation_code, need_bias
+from gossamer.kernels.cpu.checks import activation_code, need_bias, need_part, need_tokens
 from gossamer.kernels.cpu.launch import Launch, launch
 from gossamer.kernels.cpu.target import supports
 from gossamer.kernels.cpu.tiledecode import zero_bias
@@ -23,20 +23,13 @@ MOST_TOKENS = 4
 
 
 @cache
-def _kernel(tokens: int, whole: bool):
+def kernel_for(tokens: int, whole: bool):
+    """The compiled kernel; Numba is imported here, on first use."""
     if reason := supports("int4groups"):
         raise DispatchError(f"{reason}; multiply by `to_dense()`")
     from gossamer.kernels.cpu import int4
 
     return int4.kernel(tokens, int(whole))
-
-
-def warm_up_int4() -> None:
-    """Compile every product of 4-bit groups, if this processor supports them."""
-    if supports("int4groups") is None:
-        for tokens in (1, 2, 4):
-            for whole in (False, True):
-                _kernel(tokens, whole)
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,20 @@ class Int4Product:
 
     @classmethod
     def of(cls, weight: Int4Groups) -> Int4Product:
-        """Look at the indices once."""
+        """Look at the indices and scales once.
+
+        Raises:
+            FormatError: a part is not what the format says, or a scale is not finite.
+        """
+        chunks = weight.values.shape[0]
+        need_part("indptr", weight.indptr, torch.int32, (weight.rows + 1,))
+        need_part("indices", weight.indices, torch.uint16, (chunks, CHUNK))
+        need_part("values", weight.values, torch.bfloat16, (chunks, 2))
+        need_part("codes", weight.codes, torch.uint8, (chunks, CHUNK * GROUP // 2))
+        if not bool(weight.values.isfinite().all()):
+            raise FormatError(
+                "the scales and lowest values of 4-bit groups must be finite, got NaN or infinity; pack anew"
+            )
         groups = weight.cols // GROUP
         whole = groups % CHUNK == 0 and weight.indices.numel() == weight.rows * groups
         if whole and weight.rows:
@@ -72,7 +78,7 @@ class Int4Product:
         bytes_each = padded * (x_row + 4 * each) + 64
         fixed = (tokens, rows, cols, tasks, each, bytes_each, x_bytes, x_row, activation)
         crew = min(wanted, tasks)
-        entry = _kernel(padded, self.whole)
+        entry = kernel_for(padded, self.whole)
         return launch(entry, addresses=7, fixed=fixed, threads=crew, scratch_bytes=bytes_each * crew)
 
     def __call__(self, x_TK: Tensor, bias_M: Tensor | None = None, activation: str = "none") -> Tensor:
@@ -115,9 +121,5 @@ class Int4Product:
         return found
 
     def _check(self, x_TK: Tensor, bias_M: Tensor | None) -> None:
-        cols = self.weight.cols
-        if x_TK.dim() != 2 or x_TK.shape[1] != cols or not x_TK.is_contiguous() or not x_TK.is_cpu:
-            raise FormatError(f"x must be contiguous [T, {cols}] on the CPU, got {tuple(x_TK.shape)} on {x_TK.device}")
-        if x_TK.dtype not in (torch.float32, torch.bfloat16):
-            raise FormatError(f"x must be float32 or bfloat16, got {x_TK.dtype}; convert it")
+        need_tokens(x_TK, self.weight.cols)
         need_bias(self.weight.rows, bias_M)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gossamer.core.errors import FormatError
 from gossamer.kernels.cpu.arrange import Arranged
-from gossamer.kernels.cpu.checks import activation_code, need_bias
+from gossamer.kernels.cpu.checks import activation_code, lies_flat, need_apart, need_bias
 from gossamer.kernels.cpu.launch import Launch, launch
 from gossamer.kernels.cpu.narrow import Narrow
 from gossamer.kernels.cpu.plan import remember
@@ -172,15 +172,13 @@ def _check_tensors(
     if out is not None:
         shape = (x.shape[0], weights.rows, x.shape[2])
         _need("out", out, OUTPUTS[weights.dtype], str(list(shape)), tuple(out.shape) == shape)
-        x_end, out_end = (t.data_ptr() + t.numel() * t.element_size() for t in (x, out))
-        if x.data_ptr() < out_end and out.data_ptr() < x_end:
-            raise FormatError("out overlaps x, which is still read while out is written; give it memory of its own")
+        need_apart(out, (x, scales, bias))
 
 
 def _need(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: str, fits: bool) -> None:
-    if not fits or tensor.dtype not in dtypes or not tensor.is_contiguous() or not tensor.is_cpu:
+    if not fits or tensor.dtype not in dtypes or not lies_flat(tensor) or not tensor.is_cpu:
         kinds = " or ".join(str(kind) for kind in dtypes)
         raise FormatError(
             f"{name} must be a contiguous {kinds} CPU tensor {shape}, got {tensor.dtype} {tuple(tensor.shape)} on "
-            f"{tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}"
+            f"{tensor.device}{'' if lies_flat(tensor) else ', not contiguous'}"
         )

@@ -122,7 +122,7 @@ def _run(plan, x_PKW, gamma_K, beta_K, eps, residual_PKW, out) -> Tensor:
             need_floats(name, vector, f"[{features}]", vector.shape == (features,))
     if residual_PKW is not None:
         need_floats("residual", residual_PKW, str(list(x_PKW.shape)), residual_PKW.shape == x_PKW.shape)
-    out = output(out, tuple(x_PKW.shape))
+    out = output(out, tuple(x_PKW.shape), (gamma_K, beta_K), (x_PKW, residual_PKW))
     at = [0 if tensor is None else tensor.data_ptr() for tensor in (x_PKW, residual_PKW, gamma_K, beta_K, out)]
     plan(panels, features, eps, threads=torch.get_num_threads()).run(*at)
     return out

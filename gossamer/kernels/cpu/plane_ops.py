@@ -196,7 +196,7 @@ def pool(kind: str, x_NCHW: Tensor, window: Window, out: Tensor | None = None) -
     need_floats("x", x_NCHW, "[..., C, H, W]", x_NCHW.dim() in (3, 4))
     high, wide = x_NCHW.shape[-2:]
     out_high, out_wide = window.output(high, wide)
-    out = output(out, (*x_NCHW.shape[:-2], out_high, out_wide))
+    out = output(out, (*x_NCHW.shape[:-2], out_high, out_wide), (x_NCHW,))
     if out.numel():
         planes, strides = out.numel() // (out_high * out_wide), (high * wide, out_high * out_wide)
         plan = plan_pool(kind, 1, planes, high, wide, window, threads=torch.get_num_threads(), strides=strides)

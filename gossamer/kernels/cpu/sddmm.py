@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gossamer.core.errors import FormatError
 from gossamer.kernels.cpu.checks import need_floats, output
 from gossamer.kernels.cpu.launch import Launch, launch
 from gossamer.kernels.cpu.stream import Stream
@@ -44,7 +45,7 @@ def sampled_product(
     rows, entries = stream.groups * stream.g, stream.indices_E.shape[0]
     tokens = _tokens(y) if tokens is None else tokens
     y_PMW, x_PKW = _panels("y", y, tokens, stream.rows, rows), _panels("x", x, tokens, stream.cols, stream.cols)
-    out = output(out, (entries, stream.g))
+    out = output(out, (entries, stream.g), (x_PKW, y_PMW))
     if not tokens:
         return out.zero_()
     if out.numel():
@@ -57,6 +58,8 @@ def sampled_product(
 
 
 def _tokens(y: Tensor) -> int:
+    if y.dim() not in (2, 3):
+        raise FormatError(f"y must be rows [T, M] or token panels, got shape {tuple(y.shape)}; add the missing axes")
     return y.shape[0] * WIDTH if y.dim() == 3 else y.shape[0]
 
 

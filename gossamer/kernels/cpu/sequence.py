@@ -13,6 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from gossamer.kernels.cpu.bands import MEET, SHARED, STEP_BYTES
 from gossamer.kernels.cpu.cache import compile_kernel
 from gossamer.kernels.cpu.lanes import address_of, get, take, thread_number
 from gossamer.kernels.cpu.launch import ADDRESSES, NEXT, SLOT
@@ -20,10 +21,6 @@ from gossamer.kernels.cpu.threads import Entry
 
 # Of each list, the first for a thread that is alone, then one for each thread: where it lies, and its steps.
 LIST_BYTES = 16
-# A step: where its kernel and its argument block lie (no kernel: nothing to do), and what else holds.
-STEP_BYTES = 24
-# The threads meet after the step; several threads take their tasks from its block.
-MEET, SHARED = 1, 2
 LISTS, THREADS, WHO, TEAM, ARRIVED, BEGIN, YIELD = range(ADDRESSES, ADDRESSES + 56, 8)
 # Looks at the counter before a waiting thread gives its core away: about ten microseconds.
 PATIENCE = 4000

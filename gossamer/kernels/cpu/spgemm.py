@@ -30,6 +30,8 @@ SURELY_DENSE, DENSE_COLUMNS, FAR_COLUMNS = 1 << 16, 1 << 22, 1 << 18
 ONE_PASS = 2 << 30
 # Bytes of scratch memory that a calling thread keeps from call to call.
 KEPT_SCRATCH = 16 << 20
+# What a kernel makes.
+PRODUCTS = {PRODUCT: "product", REFILL: "product of known pattern", MASKED: "masked product"}
 
 
 class Rows(NamedTuple):
@@ -65,25 +67,15 @@ class Survey:
 
 
 @functools.cache
-def _survey_kernel():
+def survey_kernel():
+    """The compiled kernel that looks factors over."""
     return survey.survey_kernel()
 
 
 @functools.cache
-def _kernel(size: int, making: int):
+def kernel_for(size: int, making: int):
+    """The compiled kernel for values of this many bytes, and one of `PRODUCTS`."""
     return rowwise.kernel(size, making)
-
-
-def warm_up_spgemm() -> None:
-    """Compile the sparse x sparse products now rather than on first use.
-
-    Example:
-        >>> warm_up_spgemm()
-    """
-    _survey_kernel()
-    for size in (4, 8):
-        for making in (PRODUCT, REFILL, MASKED):
-            _kernel(size, making)
 
 
 def look_at(a: Rows, b: Rows) -> Survey:
@@ -97,7 +89,7 @@ def look_at(a: Rows, b: Rows) -> Survey:
     cuts, terms = np.empty(a.height + 1, np.int64), np.empty(max(a.height, 1), np.int64)
     found = np.zeros((chunks, 8), np.int64)
     numbers = (chunks, a.height, a.width, b.width, len(a.columns), len(b.columns), LIST, WORK)
-    run = launch(_survey_kernel(), addresses=7, fixed=numbers, threads=threads).run
+    run = launch(survey_kernel(), addresses=7, fixed=numbers, threads=threads).run
     run(*a.addresses[:2], *b.addresses[:2], cuts.ctypes.data, terms.ctypes.data, found.ctypes.data)
     if found[:, survey.DAMAGED].any():
         raise FormatError(
@@ -160,7 +152,7 @@ def _run(a: Rows, b: Rows, seen: Survey, making: int, kind: int, ordered: bool, 
         scratch = np.empty(scratch_bytes + 64, np.uint8)
         scratch_at = _line(scratch.ctypes.data)
     numbers = (seen.tasks, b.width, int(seen.tidy), kind, int(b.width > FAR_COLUMNS), int(ordered), *memory)
-    run = launch(_kernel(size, making), addresses=rowwise.ADDRESSES, fixed=numbers, threads=threads).run
+    run = launch(kernel_for(size, making), addresses=rowwise.ADDRESSES, fixed=numbers, threads=threads).run
     run(
         *a.addresses, *b.addresses, seen.bounds.ctypes.data, seen.row_terms.ctypes.data, ends.ctypes.data,
         *c.addresses, *((0, 0) if mask is None else mask.addresses[:2]), scratch_at,

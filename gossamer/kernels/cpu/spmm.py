@@ -11,38 +11,18 @@ import torch
 from torch import Tensor
 
 from gossamer.core.errors import FormatError
-from gossamer.kernels.cpu.checks import activation_code, need_bias, need_floats, output
+from gossamer.kernels.cpu.checks import activation_code, need_apart, need_bias, need_floats, output
 from gossamer.kernels.cpu.plan import (
     COLUMN_MAJOR,
     PANEL_MAJOR,
     ROW_MAJOR,
     Layout,
-    kernel_for,
     known,
     make_plan,
     panel_width,
     run,
 )
-from gossamer.kernels.cpu.stream import GROUPS, Stream
-
-
-def warm_up(*, groups: tuple[int, ...] = GROUPS, decode: bool = True) -> None:
-    """Compile the sparse products for these group sizes, and one-token decode, now rather than on first use.
-
-    Args:
-        groups: group sizes among 1, 2, 4, 8.
-        decode: whether the bitmask products are wanted too; processors that cannot run them skip them.
-
-    Example:
-        >>> warm_up(groups=(4,), decode=False)
-    """
-    for g in groups:
-        for index_bytes in (2, 4):
-            kernel_for(g, index_bytes)
-    if decode:
-        from gossamer.kernels.cpu.decode import warm_up_decode
-
-        warm_up_decode()
+from gossamer.kernels.cpu.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -82,10 +62,10 @@ def spmm(
         x_TK: float32 [T, K], contiguous, any T >= 0; or the `Panels` of an earlier layer.
         bias_M: float32 [M].
         activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
-        out: where to write, [T, M] or `Panels`; made when None, in the layout of x.
+        out: where to write, [T, M] or `Panels`; made when None, in the layout of x. It may not overlap x.
 
     Raises:
-        FormatError: a shape, dtype or layout does not fit; the message says which.
+        FormatError: a shape, dtype, layout or overlap does not fit; the message says which.
         UnknownName: no such activation.
 
     Example:
@@ -98,9 +78,9 @@ def spmm(
     if out is None and x_kind == PANEL_MAJOR:
         out = empty_panels(tokens, stream.rows)
     if isinstance(out, Panels):
-        y_at, y_kind = _panel_output(stream, out, tokens), PANEL_MAJOR
+        y_at, y_kind = _panel_output(stream, out, tokens, x_TK, bias_M), PANEL_MAJOR
     else:
-        out = output(out, (tokens, stream.rows))
+        out = output(out, (tokens, stream.rows), (_memory(x_TK), bias_M))
         y_at, y_kind = out.data_ptr(), ROW_MAJOR
     if tokens and stream.rows:
         threads = torch.get_num_threads()
@@ -139,10 +119,15 @@ def empty_panels(tokens: int, features: int) -> Panels:
     return Panels(data, tokens)
 
 
-def _panel_output(stream: Stream, out: Panels, tokens: int) -> int:
+def _memory(x: Tensor | Panels) -> Tensor:
+    return x.data if isinstance(x, Panels) else x
+
+
+def _panel_output(stream: Stream, out: Panels, tokens: int, x: Tensor | Panels, bias_M: Tensor | None) -> int:
     """Address of the panels to write, once they are seen to fit."""
     shape = (-(-tokens // panel_width()), stream.rows, panel_width())
     need_floats("out", out.data, str(list(shape)), tuple(out.data.shape) == shape and out.tokens == tokens)
+    need_apart(out.data, (_memory(x), bias_M))
     return out.data.data_ptr()
 
 
@@ -160,10 +145,11 @@ def spmm_columns(
         x_KN: float32 [K, N] or [images, K, N], contiguous; or the `Panels` of an earlier layer, for one image.
         bias_M: float32 [M].
         activation: as in `spmm`.
-        out: where to write, [M, N] or [images, M, N], or `Panels` for one image; made when None.
+        out: where to write, [M, N] or [images, M, N], or `Panels` for one image; made when None. It may not
+            overlap x.
 
     Raises:
-        FormatError: a shape, dtype or layout does not fit.
+        FormatError: a shape, dtype, layout or overlap does not fit.
         UnknownName: no such activation.
 
     Example:
@@ -176,7 +162,7 @@ def spmm_columns(
         return _columns_or_panels(stream, x_KN, bias_M, code, out)
     need_floats("x", x_KN, f"[..., {stream.cols}, N]", x_KN.dim() in (2, 3) and x_KN.shape[-2] == stream.cols)
     count, images = x_KN.shape[-1], x_KN.shape[0] if x_KN.dim() == 3 else 1
-    out = output(out, (*x_KN.shape[:-2], stream.rows, count))
+    out = output(out, (*x_KN.shape[:-2], stream.rows, count), (x_KN, bias_M))
     if out.numel():
         threads = torch.get_num_threads()
         key = (COLUMN_MAJOR, images, count, code, threads)
@@ -198,9 +184,9 @@ def _columns_or_panels(
         need_floats("x", x, f"[{stream.cols}, N]", x.dim() == 2 and x.shape[0] == stream.cols)
         x_at, x_kind, count = x.data_ptr(), COLUMN_MAJOR, x.shape[1]
     if isinstance(out, Panels):
-        y_at, y_kind, y_row = _panel_output(stream, out, count), PANEL_MAJOR, 4 * panel_width()
+        y_at, y_kind, y_row = _panel_output(stream, out, count, x, bias_M), PANEL_MAJOR, 4 * panel_width()
     else:
-        out = output(out, (stream.rows, count))
+        out = output(out, (stream.rows, count), (_memory(x), bias_M))
         y_at, y_kind, y_row = out.data_ptr(), COLUMN_MAJOR, 4 * count
     if count and stream.rows:
         threads = torch.get_num_threads()

@@ -11,7 +11,7 @@ from torch import Tensor
 from gossamer.core.errors import FormatError
 from gossamer.kernels.cpu.arrange import Arranged, arrange
 from gossamer.kernels.cpu.bands import Bands, Part
-from gossamer.kernels.cpu.checks import activation_code, need_bias, need_floats
+from gossamer.kernels.cpu.checks import activation_code, need_bias, need_floats, overlap
 from gossamer.kernels.cpu.launch import Launch, launch
 from gossamer.kernels.cpu.narrow import Narrow
 from gossamer.kernels.cpu.narrow_panels import multiply, plan_narrow
@@ -259,11 +259,7 @@ def _check_tensors(stream: Stream, x: Tensor, bias: Tensor | None, residual: Ten
     for name, tensor in (("x", x), ("out", out), ("residual", residual)):
         if tensor is not None and tensor.data_ptr() % 64:
             raise FormatError(f"{name} must start on a 64-byte boundary; make it with aligned_panels")
-    if out is not None and _overlap(x, out):
+    if out is not None and overlap(x, out):
         raise FormatError("out overlaps x, which is still read while out is written; give it memory of its own")
-    if out is not None and residual is not None and _overlap(residual, out) and residual.data_ptr() != out.data_ptr():
+    if out is not None and residual is not None and overlap(residual, out) and residual.data_ptr() != out.data_ptr():
         raise FormatError("residual overlaps out in part; it must be out itself or lie apart")
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() < b.data_ptr() + 4 * b.numel() and b.data_ptr() < a.data_ptr() + 4 * a.numel()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gossamer.core.errors import FormatError
+from gossamer.kernels.cpu.checks import need_counts
 
 GROUPS = (1, 2, 4, 8)
 
@@ -119,7 +120,8 @@ def stream(
         >>> s.starts_BG.tolist()
         [[0], [1]]
     """
-    values = values.reshape(-1, g) if values.dim() == 1 else values
+    need_counts(rows=rows, cols=cols)
+    values = values.unsqueeze(1) if values.dim() == 1 and g == 1 else values
     _check(g, rows, cols, indptr, indices, values)
     density = indices.shape[0] / max(1, (indptr.shape[0] - 1) * cols)
     block = default_block(g, cols, density) if block is None else max(1, min(int(block), max(cols, 1)))
@@ -130,11 +132,16 @@ def stream(
 
 
 def _check(g: int, rows: int, cols: int, indptr: Tensor, indices: Tensor, values: Tensor) -> None:
+    for name, part in (("indptr", indptr), ("indices", indices), ("values", values)):
+        if not part.is_cpu or part.layout is not torch.strided:
+            raise FormatError(f"{name} must be an ordinary tensor on the CPU, got {part.layout} on {part.device}")
     if g not in GROUPS:
         raise FormatError(f"rows per group must be one of {GROUPS}, got {g}")
     groups = -(-rows // g)
     if tuple(indptr.shape) != (groups + 1,):
         raise FormatError(f"indptr must have ceil({rows} / {g}) + 1 = {groups + 1} entries, got {tuple(indptr.shape)}")
+    if indices.dim() != 1:
+        raise FormatError(f"indices must be flat, one per stored group, got shape {tuple(indices.shape)}; flatten them")
     if indices.dtype not in (torch.uint16, torch.int32):
         raise FormatError(f"indices must be uint16 or int32, got {indices.dtype}")
     if indices.dtype == torch.uint16 and cols > 65536:
@@ -145,6 +152,8 @@ def _check(g: int, rows: int, cols: int, indptr: Tensor, indices: Tensor, values
         raise FormatError(f"values must be [{indices.shape[0]}, {g}], got {tuple(values.shape)}")
     if not (indices.is_contiguous() and values.is_contiguous()):
         raise FormatError("indices and values must be contiguous; call .contiguous() when packing")
+    if indptr.dtype not in (torch.int32, torch.int64):
+        raise FormatError(f"indptr must be int32, got {indptr.dtype}; counts of entries are whole numbers")
     _check_ranges(cols, indptr, indices)
 
 

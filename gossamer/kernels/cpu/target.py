@@ -21,9 +21,17 @@ def features() -> frozenset[str]:
     named = os.environ.get("NUMBA_CPU_FEATURES")
     if named is not None:
         return frozenset(part[1:] for part in named.split(",") if part.startswith("+")) | _implied()
-    from llvmlite import binding
+    binding = _llvm()
+    return frozenset(name for name, on in binding.get_host_cpu_features().items() if on) if binding else frozenset()
 
-    return frozenset(name for name, on in binding.get_host_cpu_features().items() if on)
+
+def _llvm():
+    """LLVM as Numba ships it; None where it is missing or broken, so that only kernels fail, with a reason."""
+    try:
+        from llvmlite import binding
+    except (ImportError, OSError):
+        return None
+    return binding
 
 
 def _implied() -> frozenset[str]:
@@ -39,9 +47,8 @@ def cpu_name() -> str:
     named = os.environ.get("NUMBA_CPU_NAME")
     if named and named != "host":
         return named
-    from llvmlite import binding
-
-    return binding.get_host_cpu_name() or "generic"
+    binding = _llvm()
+    return (binding.get_host_cpu_name() if binding else "") or "generic"
 
 
 def cpuinfo(field: str) -> str:

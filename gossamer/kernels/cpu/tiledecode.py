@@ -14,7 +14,7 @@ from torch import Tensor
 from gossamer.core.errors import DispatchError, FormatError
 from gossamer.formats.tilebitmask import READ_AHEAD, ROWS, TileBitmask
 from gossamer.kernels.cpu import decode
-from gossamer.kernels.cpu.checks import activation_code, need_bias
+from gossamer.kernels.cpu.checks import activation_code, need_bias, need_tokens
 from gossamer.kernels.cpu.launch import Launch, launch
 from gossamer.kernels.cpu.target import features, supports
 
@@ -24,21 +24,13 @@ _zeros: dict[int, Tensor] = {}
 
 
 @cache
-def _kernel(tokens: int, value_bytes: int):
+def kernel_for(tokens: int, value_bytes: int):
     """The compiled kernel; Numba is imported here, on first use."""
     if reason := supports("bitmask_float32" if value_bytes == 4 else "bitmask_bfloat16"):
         raise DispatchError(f"{reason}; use a format that spmm serves, such as CSR")
     from gossamer.kernels.cpu import tilemask
 
     return tilemask.kernel(tokens, value_bytes)
-
-
-def warm_up_tiles(*, dtypes: tuple[torch.dtype, ...] = _FLOATS) -> None:
-    """Compile every tile bitmask product that this processor supports."""
-    for dtype in dtypes:
-        if supports(f"bitmask_{str(dtype).removeprefix('torch.')}") is None:
-            for tokens in (1, 2, 4, 8):
-                _kernel(tokens, dtype.itemsize)
 
 
 def dots(weight: TileBitmask, x_bytes: int) -> bool:
@@ -88,7 +80,7 @@ class TileProduct:
             int(dots(self.weight, x_bytes)),
         )  # fmt: skip
         crew = min(wanted, tasks)
-        entry = _kernel(padded, self.weight.values.element_size())
+        entry = kernel_for(padded, self.weight.values.element_size())
         return launch(entry, addresses=6, fixed=fixed, threads=crew, scratch_bytes=bytes_each * crew)
 
     def __call__(self, x_TK: Tensor, bias_M: Tensor | None = None, activation: str = "none") -> Tensor:
@@ -136,11 +128,7 @@ class TileProduct:
         return found
 
     def _check(self, x_TK: Tensor, bias_M: Tensor | None) -> None:
-        cols = self.weight.cols
-        if x_TK.dim() != 2 or x_TK.shape[1] != cols or not x_TK.is_contiguous() or not x_TK.is_cpu:
-            raise FormatError(f"x must be contiguous [T, {cols}] on the CPU, got {tuple(x_TK.shape)} on {x_TK.device}")
-        if x_TK.dtype not in _FLOATS:
-            raise FormatError(f"x must be float32 or bfloat16, got {x_TK.dtype}; convert it")
+        need_tokens(x_TK, self.weight.cols)
         need_bias(self.weight.rows, bias_M)
 
 
