@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
+from torch import __version__ as torch_version
+from torch import get_num_threads as threads
 
 from gossamer.core.files import whole_file
 from gossamer.report.machine import hardware, slug
@@ -30,6 +31,7 @@ class Result:
     rule: str
     verdict: str
     seconds: float
+    threads: int
 
 
 def names() -> list[str]:
@@ -45,10 +47,10 @@ def run(name: str, *, full: bool) -> Result:
         outcome = claim.run(full)
     except Exception:
         trace = {"error": traceback.format_exc(limit=3)}
-        return Result(name, claim.CLAIM, claim.PAPER, trace, "", "broken", time.perf_counter() - began)
+        return Result(name, claim.CLAIM, claim.PAPER, trace, "", "broken", time.perf_counter() - began, threads())
     verdict = "holds" if outcome.verdict else "fails"
     seconds = time.perf_counter() - began
-    return Result(name, claim.CLAIM, claim.PAPER, dict(outcome.ours), outcome.rule, verdict, seconds)
+    return Result(name, claim.CLAIM, claim.PAPER, dict(outcome.ours), outcome.rule, verdict, seconds, threads())
 
 
 def show(result: Result) -> str:
@@ -56,7 +58,7 @@ def show(result: Result) -> str:
     ours = "\n".join(f"  - {k}: {v}" for k, v in result.ours.items())
     return (
         f"### {result.row}: {result.verdict}\n\n{result.claim}\n\n- paper: {result.paper}\n- ours:\n{ours}\n"
-        f"- rule: {result.rule}\n- took {result.seconds:.0f} s\n"
+        f"- rule: {result.rule}\n- took {result.seconds:.0f} s on {result.threads} threads\n"
     )
 
 
@@ -66,11 +68,10 @@ def write(results: Sequence[Result], folder: Path, *, full: bool) -> None:
     path = stem.with_suffix(".json")
     rows = {r["row"]: r for r in json.loads(path.read_text())["rows"]} if path.exists() else {}
     rows |= {r.row: asdict(r) for r in results}
-    cpu, threads = hardware()["cpu"], torch.get_num_threads()
-    record = {"machine": hardware(), "threads": threads, "torch": torch.__version__, "full": full}
+    record = {"machine": hardware(), "torch": torch_version, "full": full}
     with whole_file(path) as draft:
         draft.write_text(json.dumps({**record, "rows": [rows[n] for n in sorted(rows)]}, indent=1) + "\n")
-    head = f"# Claims on {cpu}, {threads} threads, {'full' if full else 'short'}\n\n"
+    head = f"# Claims on {hardware()['cpu']}, {'full' if full else 'short'}\n\n"
     with whole_file(stem.with_suffix(".md")) as draft:
         draft.write_text(head + "\n".join(show(Result(**rows[n])) for n in sorted(rows)))
 

@@ -271,7 +271,7 @@ def test_named_candidates_never_fall_back():
     with pytest.raises(DispatchError, match=r"layer '0', 128 tokens.*\n.*bitmask/cpu: .*up to 8 tokens"):
         gossamer.pack(net, torch.randn(128, 48), candidates=["bitmask/cpu"], repeats=1)
     with pytest.raises(DispatchError, match="float32 only"):
-        gossamer.pack(prune(mlp()).bfloat16(), torch.randn(16, 48).bfloat16(), candidates=["csr/cpu"], repeats=1)
+        gossamer.pack(prune(mlp()).double(), torch.randn(16, 48).double(), candidates=["csr/cpu"], repeats=1)
     with pytest.raises(UnknownName, match="rowgrouped"):
         gossamer.pack(net, torch.randn(8, 48), candidates=["rowgruped"])
     with pytest.raises(UnknownName, match="cpu"):

@@ -11,7 +11,7 @@ import pytest
 CHILD = """
 import sys
 from gossamer.kernels.cpu import resident
-library = resident.kernel(int(sys.argv[1]), 2).kernel._library
+library = resident.kernel(int(sys.argv[1]), 2, 0).kernel._library
 print(library.get_llvm_str() if sys.argv[2] == "ir" else library.get_asm_str())
 """
 RUN = """

@@ -25,11 +25,10 @@ BATCH = 64
     TASKS, CHUNKS, PANELS, SCRATCH_BYTES, X_KIND, Y_KIND, X_ROW, X_IMAGE, Y_ROW, Y_IMAGE,
     TOKENS, ROWS, COLS, GROUPS, BLOCKS, STARTS, INDICES, VALUES, ACTIVATION, LOW, ZERO,
     VECTORS, PANEL_VECTORS, UNIT, SUMS, HOLD,
-    PANEL_LINES, LINE, LINE_KEPT, LINE_FLOATS, HALO, HIGH, WIDE, PAD_HIGH, PAD_WIDE,
-) = range(0, 8 * 41, 8)  # fmt: skip
+) = range(0, 8 * 32, 8)  # fmt: skip
 
-# How x and y lie in memory: [T, features], [features, T], panels, or images [features, lines, pixels].
-ROW_MAJOR, COLUMN_MAJOR, PANEL_MAJOR, LINES = range(4)
+# How x and y lie in memory: [T, features], [features, T], or panels.
+ROW_MAJOR, COLUMN_MAJOR, PANEL_MAJOR = range(3)
 
 
 @helper
@@ -112,45 +111,6 @@ def store_columns(args, sums, sums_row, row, rows, y, tokens):
 
 
 @helper
-def pack_lines(args, image, first, lines, panel):
-    """Copy lines first.. of a padded image into a panel of LINE_FLOATS per channel, zeros where the padding is.
-
-    A line writes the right padding and the next line's left padding as well, so lines go in order.
-    """
-    high, wide, channels = get(args + HIGH), get(args + WIDE), get(args + COLS)
-    pad, line, each = get(args + PAD_WIDE), get(args + LINE), 4 * get(args + LINE_FLOATS)
-    x, x_row = get(args + X) + image * get(args + X_IMAGE), get(args + X_ROW)
-    for c in range(channels):
-        source, target = x + c * x_row, panel + c * each
-        copy_row(LANES, source, target, 0, pad)
-        for k in range(lines):
-            h = first + k - get(args + PAD_HIGH)
-            h, count = (h, wide) if 0 <= h < high else (0, 0)
-            copy_row(LANES, source + 4 * h * wide, target + 4 * (k * line + pad), count, line)
-
-
-@helper
-def store_lines(args, sums, sums_row, row, rows, y, first, tokens):
-    """Finish sums of positions first.. of a padded image, dropping what lies beyond the kept part of each line."""
-    code, bias, bias_step, y_row = get(args + ACTIVATION), get(args + BIAS), 4, get(args + Y_ROW)
-    line, kept = get(args + LINE), get(args + LINE_KEPT)
-    if bias == 0:
-        bias, bias_step = get(args + ZERO), 0
-    start, column = first // line * kept, first % line
-    finish(sums, sums_row, sums, sums_row, rows, tokens, bias + bias_step * row, bias_step, code)
-    for r in range(rows):
-        source, target = sums + r * sums_row, y + (row + r) * y_row + 4 * start
-        done, w = 0, column
-        while done < tokens:
-            count = min(kept - w, tokens - done)
-            if count > 0:
-                copy_row(LANES, source + 4 * done, target + 4 * w, count, count)
-            done += line - w
-            target += 4 * kept
-            w = 0
-
-
-@helper
 def in_panels(base, first, features, panel_vectors):
     """Address of position `first` (a multiple of the lanes) in panels [.., features, panel_vectors * lanes]."""
     width = panel_vectors * LANES
@@ -175,11 +135,9 @@ def store_batch(args, image, first, tokens, row, rows, sums, sums_row):
         store_rows(args, sums, sums_row, row, rows, y + first * get(args + Y_ROW), tokens)
     elif kind == COLUMN_MAJOR:
         store_columns(args, sums, sums_row, row, rows, y + 4 * first, tokens)
-    elif kind == PANEL_MAJOR:
+    else:
         y = in_panels(y, first, get(args + ROWS), get(args + PANEL_VECTORS))
         store_columns(args, sums, sums_row, row, rows, y, tokens)
-    else:
-        store_lines(args, sums, sums_row, row, rows, y, first, tokens)
 
 
 def widest(g: int) -> int:
@@ -203,7 +161,7 @@ def kernel(g: int, index_bytes: int) -> Entry:
         scratch, x_kind = get(args + SCRATCH) + slot * get(args + SCRATCH_BYTES), get(args + X_KIND)
         sums, hold = scratch + get(args + SUMS), get(args + HOLD)
         y_kind = get(args + Y_KIND)
-        vectors, line, unit = get(args + VECTORS), get(args + LINE), get(args + UNIT)
+        vectors, unit = get(args + VECTORS), get(args + UNIT)
         sums_row = 4 * L * vectors
         batches = (rows + BATCH - 1) // BATCH
         packed = -1
@@ -214,40 +172,23 @@ def kernel(g: int, index_bytes: int) -> Entry:
             place, chunk = task // chunks, task % chunks
             image, number = place // panels, place % panels
             b0, b1 = chunk * batches // chunks, (chunk + 1) * batches // chunks
-            # Positions from..until of x are this task's; images come in whole lines, which several tiles share.
-            start, until, tiles, narrow, panel, step = 0, tokens, 1, 0, scratch, unit
-            if x_kind == LINES:
-                l0 = number * get(args + PANEL_LINES)
-                l1 = min(tokens, l0 + get(args + PANEL_LINES))
-                start, until = l0 * line, (l1 - 1) * line + get(args + LINE_KEPT)
-                all_vectors = (until - start + L - 1) // L
-                tiles = (all_vectors + vectors - 1) // vectors
-                v0, v1 = 0, 0
-                if place != packed:
-                    pack_lines(args, image, l0, l1 - l0 + get(args + HALO), panel)
+            narrow, panel, step = 0, scratch, unit
+            all_vectors = (tokens + L - 1) // L
+            v0, v1 = number * all_vectors // panels, (number + 1) * all_vectors // panels
+            if x_kind == PANEL_MAJOR or y_kind == PANEL_MAJOR:
+                v0, v1 = number * vectors, min(all_vectors, (number + 1) * vectors)
+            first, count, width = v0 * L, min(tokens, v1 * L) - v0 * L, (v1 - v0) * L
+            if x_kind == PANEL_MAJOR:
+                panel = in_panels(get(args + X), first, get(args + COLS), get(args + PANEL_VECTORS))
             else:
-                all_vectors = (tokens + L - 1) // L
-                v0, v1 = number * all_vectors // panels, (number + 1) * all_vectors // panels
-                if x_kind == PANEL_MAJOR or y_kind == PANEL_MAJOR:
-                    v0, v1 = number * vectors, min(all_vectors, (number + 1) * vectors)
-                first, count, width = v0 * L, min(tokens, v1 * L) - v0 * L, (v1 - v0) * L
-                if x_kind == PANEL_MAJOR:
-                    panel = in_panels(get(args + X), first, get(args + COLS), get(args + PANEL_VECTORS))
-                else:
-                    if L == 16 and count <= 8:
-                        narrow = 4 if count <= 4 else 8
-                        width = narrow
-                    step = 4 * width
-                    if place != packed:
-                        pack_panel(args, image, first, count, panel, width)
+                if L == 16 and count <= 8:
+                    narrow = 4 if count <= 4 else 8
+                    width = narrow
+                step = 4 * width
+                if place != packed:
+                    pack_panel(args, image, first, count, panel, width)
             packed = place
-            for block_of_tile in range(blocks * tiles):
-                number_of_tile, block = block_of_tile // blocks, block_of_tile % blocks
-                if x_kind == LINES:
-                    v0 = number_of_tile * all_vectors // tiles
-                    v1 = (number_of_tile + 1) * all_vectors // tiles
-                    panel = scratch + 4 * L * v0
-                first, count = start + v0 * L, min(until, start + v1 * L) - (start + v0 * L)
+            for block in range(blocks):
                 begin = starts + 4 * groups * block
                 for batch in range(b0, b1):
                     at = sums + (batch - b0) * hold

@@ -6,7 +6,7 @@ Shapes: M output rows, E stored entries.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,11 +16,11 @@ from gossamer.kernels.cpu.target import lanes
 from gossamer.kernels.cpu.workplace import workplace
 
 # How x and y lie in memory (`panels.ROW_MAJOR` and its neighbours).
-ROW_MAJOR, COLUMN_MAJOR, PANEL_MAJOR, LINES = range(4)
+ROW_MAJOR, COLUMN_MAJOR, PANEL_MAJOR = range(3)
 
 # The arguments of one call come first, then those of a plan (see `panels.SLOT` and its neighbours).
-_pack_into = struct.Struct("=6q280s").pack_into
-_pack_plan = struct.Struct("=35q").pack
+_pack_into = struct.Struct("=6q208s").pack_into
+_pack_plan = struct.Struct("=26q").pack
 # Plans kept per weight; serving many different sizes of x starts over beyond this.
 _MOST_PLANS = 128
 # Multiply-adds that pay for waking one more thread: about ten microseconds of work.
@@ -65,25 +65,8 @@ def _chunks(places: int, batches: int, threads: int) -> int:
 
 
 @dataclass(frozen=True)
-class Image:
-    """How a convolution reads its input: panels of whole padded lines, `floats` a channel, and offsets into them."""
-
-    offsets_E: Tensor
-    channels: int
-    panel_lines: int
-    line: int
-    line_kept: int
-    floats: int
-    halo: int
-    high: int
-    wide: int
-    pad_high: int
-    pad_wide: int
-
-
-@dataclass(frozen=True)
 class Layout:
-    """How x and y lie in memory; strides are in bytes. A convolution's tokens are the lines of its output."""
+    """How x and y lie in memory; strides are in bytes."""
 
     tokens: int
     x_kind: int
@@ -93,7 +76,6 @@ class Layout:
     images: int = 1
     x_image: int = 0
     y_image: int = 0
-    image: Image | None = None
 
 
 @dataclass(frozen=True)
@@ -135,16 +117,15 @@ class _Cut:
 
 def _cut(stream: Stream, layout: Layout, threads: int) -> _Cut:
     """Panels as wide as a register tile, and enough tasks for as many threads as the work pays for."""
-    image, most = layout.image, _widest[stream.g]
+    most = _widest[stream.g]
     in_panels = PANEL_MAJOR in (layout.x_kind, layout.y_kind)
     if in_panels:
         # Tiles must not straddle two panels of four vectors.
         most = 1 << (min(4, most).bit_length() - 1)
-    positions = layout.tokens * (image.line if image else 1)
-    vectors = -(-positions // lanes())
-    panels = -(-layout.tokens // image.panel_lines) if image else -(-vectors // most)
-    wide = most if in_panels or image else -(-vectors // panels)
-    worth = stream.values_EG.numel() * positions * layout.images // GRAIN
+    vectors = -(-layout.tokens // lanes())
+    panels = -(-vectors // most)
+    wide = most if in_panels else -(-vectors // panels)
+    worth = stream.values_EG.numel() * layout.tokens * layout.images // GRAIN
     threads = max(1, min(threads, worth))
     chunks = _chunks(panels * layout.images, -(-stream.rows // _BATCH), threads)
     return _Cut(panels, chunks, wide, min(threads, panels * chunks * layout.images))
@@ -152,10 +133,8 @@ def _cut(stream: Stream, layout: Layout, threads: int) -> _Cut:
 
 def _memory(stream: Stream, layout: Layout, cut: _Cut) -> tuple[int, int, int]:
     """Scratch bytes of a thread; where its sums start; and bytes of sums kept per batch between column blocks."""
-    image, tile = layout.image, lanes() * cut.wide
-    panel = 4 * (image.channels * image.floats if image else stream.cols * tile)
-    # The last tile of an image reads, and drops, up to one tile beyond its panel.
-    panel = 0 if layout.x_kind == PANEL_MAJOR else -(-panel // 64) * 64 + (4 * tile if image else 0)
+    tile = lanes() * cut.wide
+    panel = 0 if layout.x_kind == PANEL_MAJOR else -(-4 * stream.cols * tile // 64) * 64
     batch = 4 * _BATCH * tile
     batches = -(-stream.rows // (_BATCH * cut.chunks)) if stream.blocks > 1 else 1
     return panel + batch * batches + 64, panel, batch if stream.blocks > 1 else 0
@@ -164,19 +143,15 @@ def _memory(stream: Stream, layout: Layout, cut: _Cut) -> tuple[int, int, int]:
 def make_plan(stream: Stream, key: tuple, layout: Layout, code: int, threads: int) -> Plan:
     """Lay the work out for one size of x and remember it under `key`."""
     starts_at, indices_at, values_at = stream.addresses
-    index_bytes, unit, columns, image = stream.indices_E.element_size(), 4 * panel_width(), stream.cols, layout.image
-    if image is not None:
-        indices_at, index_bytes, unit, columns = image.offsets_E.data_ptr(), 4, 4, image.channels
-    entry = kernel_for(stream.g, index_bytes)
+    entry = kernel_for(stream.g, stream.indices_E.element_size())
     cut = _cut(stream, layout, threads)
     scratch_bytes, sums_at, hold = _memory(stream, layout, cut)
-    lines = (0,) * 9 if image is None else tuple(getattr(image, field.name) for field in fields(image)[2:])
     fixed = _pack_plan(
         cut.tasks(layout.images), cut.chunks, cut.panels, scratch_bytes,
         layout.x_kind, layout.y_kind, layout.x_row, layout.x_image, layout.y_row, layout.y_image,
-        layout.tokens, stream.rows, columns, stream.groups, stream.blocks, starts_at, indices_at, values_at,
+        layout.tokens, stream.rows, stream.cols, stream.groups, stream.blocks, starts_at, indices_at, values_at,
         code, _BOUND_AT + 4 * (code == 1), _ZERO_AT,
-        cut.wide, panel_width() // lanes(), unit, sums_at, hold, *lines,
+        cut.wide, panel_width() // lanes(), 4 * panel_width(), sums_at, hold,
     )  # fmt: skip
     plan = Plan(entry, cut.threads, scratch_bytes * cut.threads, fixed, stream.addresses)
     remember(stream, key, plan)
