@@ -27,7 +27,7 @@ def _cut(name: str, density: float) -> str:
     dense, layers = answers(model, x), pointwise(model)
     late = len(layers) * 2 // 3
     for targets, pattern in ((layers[:late], "unstructured"), (layers[late:], "([o] {4}) [i] h w")):
-        how = {"density": density, "total_steps": 1, "every": 1, "pattern": pattern}
+        how = {"density": density, "total_steps": 1, "until": 1, "every": 1, "pattern": pattern}
         handle = attach(model, "fast_sparse_convnets", targets=targets, **how)
         handle.step()
         handle.remove()

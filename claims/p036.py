@@ -31,7 +31,9 @@ def _count(model: nn.Module) -> int:
 
 
 def _ramp(density: float, steps: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Handle]:
-    options = {"density": density, "total_steps": steps * 6 // 10, "begin": steps // 10, "every": 20}
+    begin = steps // 10
+    ramp = {"begin": begin, "until": begin + steps * 6 // 10, "every": 20}
+    options = {"density": density, "total_steps": steps, **ramp}
     return [attach(model, "gradual_magnitude", optimizer=optimizer, targets=["*"], **options)]
 
 

@@ -48,7 +48,10 @@ class DenseGradients:
     def take(self) -> dict[str, Tensor]:
         """What was caught, by layer, as stored; the mean over ranks where several train together."""
         sharded = {n: whole(g) for n, g in self._caught.items() if is_sharded(g)}  # the mean already
-        return mean_over_ranks({n: g for n, g in self._caught.items() if n not in sharded}) | sharded
+        originals = {t.name: t.module(self.model).parametrizations.weight.original for t in self.targets}
+        # A backward pass may reach other layers on this rank than on the next.
+        held = {n: w.detach() for n, w in originals.items() if w.requires_grad and not is_sharded(w)}
+        return mean_over_ranks({n: g for n, g in self._caught.items() if n not in sharded}, held) | sharded
 
 
 def _catch(caught: dict[str, Tensor], name: str, mask: Masked) -> Callable[[Tensor], None]:

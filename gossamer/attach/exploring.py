@@ -17,7 +17,7 @@ from ..core.support import Support
 from .handle import Handle
 from .masked import Masked
 from .sharded import is_sharded
-from .targets import Target, sharers
+from .targets import Target, sharers, slots
 
 
 class Explored(Masked):
@@ -93,6 +93,11 @@ class ExploringHandle(Handle):
             self._mask(t).learning.copy_(t.turned(learning))
         return super()._choose()
 
+    def _take(self, target: Target, kept: Tensor) -> None:
+        """Whatever is kept learns, also where B was chosen without it: by other groups of rows, or not at all."""
+        super()._take(target, kept)
+        self._mask(target).learning.logical_or_(kept)
+
     def _penalise(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Once per step, however many batches made the gradient; then it goes the way of every gradient."""
         if any(callable(x) for x in (*args[1:], *kwargs.values())):
@@ -103,7 +108,7 @@ class ExploringHandle(Handle):
                 w, mask = self._original(t), self._mask(t)
                 if w.grad is None:
                     continue
-                rare = 1.0 / self.per_layer[t.name].final_density()
+                rare = 1.0 / (self.per_layer[t.name].final_density() or 1.0)  # in an empty layer nothing learns
                 drawn = torch.where(mask.mask, w, w * rare).masked_fill(~mask.learning, 0)
                 w.grad.add_(drawn if scale is None else drawn * scale, alpha=self._explore.penalty)
 
@@ -111,11 +116,8 @@ class ExploringHandle(Handle):
         """Every optimizer slot is zero where nothing learns, or momentum would move what no gradient reaches."""
         with torch.no_grad():
             for t in self.targets:
-                original, still = self._original(t), ~self._mask(t).learning
-                slots = self.optimizer.state.get(original, {}).values() if self.optimizer else ()
-                for slot in slots:
-                    if isinstance(slot, Tensor) and slot.shape == original.shape:
-                        slot.masked_fill_(still, 0)
+                for slot in slots(self.optimizer, self._original(t)):
+                    slot.masked_fill_(~self._mask(t).learning, 0)
 
     def _learning(self) -> Mapping[str, int]:
-        return {t.name: int(self._mask(t).learning.sum()) for t in self.targets}
+        return {t.name: self._tally.count(f"{t.name}, learning", self._mask(t).learning) for t in self.targets}

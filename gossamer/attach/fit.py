@@ -1,15 +1,18 @@
-"""What cannot be held is refused before any mask is attached."""
+"""What does not fit is refused before anything changes: layers, supports, states, a method without its optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from ..core.errors import PatternError
+from ..core.dropgrow import DropGrow
+from ..core.errors import FileDamaged, PatternError, TargetError, near
 from ..core.pattern import Pattern
 from ..core.regroup import tied_rows
+from ..core.shrink import StraightThrough
 from ..core.sparsifier import Sparsifier, require_finite
+from ..core.support import Support
 from .targets import Target
 from .twoway import refuse_one_way
 
@@ -34,6 +37,50 @@ def refuse_misfits(model: nn.Module, sparsifier: Sparsifier, targets: Sequence[T
     if misfits:
         name, error = next(iter(misfits.items()))
         raise PatternError(f"layer {name!r}: {error} (to leave dense what does not fit: skip={list(misfits)})")
+
+
+def part_in_steps(sparsifier: Sparsifier) -> str | None:
+    """What a method does in its optimizer's steps, in words; None where it can do without an optimizer."""
+    if isinstance(sparsifier.shrink, StraightThrough) and sparsifier.shrink.pull:
+        return "draws pruned weights to 0 within the optimizer's step"
+    if sparsifier.explore:
+        return "adds to the gradients of its optimizer's step"
+    if isinstance(sparsifier.policy, DropGrow):
+        return "moves links, and new ones must start with empty momenta"
+    return None
+
+
+def refuse_other_supports(supports: Mapping[str, Support], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise unless every support is that of a layer, in the shape its mask is stored in.
+
+    Raises:
+        TargetError: a name is not that of a layer held, or a support has another shape than its weight.
+    """
+    for name, support in supports.items():
+        if name not in shapes:
+            raise TargetError(f"no layer {name!r} is held here; {near(name, shapes)}")
+        if tuple(support.shape) != tuple(shapes[name]):
+            raise TargetError(
+                f"the support of layer {name!r} is {tuple(support.shape)}, its weight {tuple(shapes[name])}; "
+                "give it in the layout the weight is stored in"
+            )
+
+
+def refuse_other_state(state: Mapping[str, object], sparsifier: Sparsifier) -> None:
+    """Raise unless a state is that of a handle with this method.
+
+    Raises:
+        FileDamaged: the state is not a handle's, or another method's.
+    """
+    missing = {"method", "steps", "waiting", "grown", "moved", "positions", "spent"} - set(state)
+    if missing:
+        raise FileDamaged(
+            f"a handle's state holds {sorted(missing)}, got {sorted(state)}; pass what state_dict() returned"
+        )
+    if state["method"] != sparsifier.name:
+        raise FileDamaged(
+            f"this state is of method {state['method']!r}, the handle's is {sparsifier.name!r}; attach it"
+        )
 
 
 def _place(model: nn.Module, sparsifier: Sparsifier, target: Target) -> None:

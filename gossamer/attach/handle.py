@@ -11,20 +11,22 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from ..core.dropgrow import DropGrow
-from ..core.errors import FileDamaged, TargetError, near
+from ..core.errors import TargetError
 from ..core.schedule import at
 from ..core.shrink import StraightThrough, hard
 from ..core.sparsifier import Sparsifier, require_finite
 from ..core.support import Support
-from ..score import random, salt
+from ..score import salt
 from .dense_gradient import DenseGradients
-from .fit import refuse_misfits
+from .fit import part_in_steps, refuse_misfits, refuse_other_state, refuse_other_supports
 from .masked import Masked
 from .meter import Meter
+from .moving import moved
 from .pull import pull
-from .report import LayerReport, TrainingReport, dead
+from .report import LayerReport, TrainingReport
 from .sharded import is_sharded, own, part_of, whole
-from .targets import Target, refuse_foreign, sharers
+from .tally import Tally
+from .targets import Target, refuse_foreign, sharers, slots
 from .twoway import close_back, open_back
 
 
@@ -54,9 +56,7 @@ class Handle:
         self.per_layer = dict(per_layer or {t.name: sparsifier for t in self.targets})
         self.steps = 0
         self._waiting = False  # a move was due, but its gradient was not finite
-        self._grown: dict[str, Tensor | int] = {}
-        self._moved: dict[str, Tensor | int] = {}
-        self._kept: dict[str, int] = {}
+        self._tally = Tally()
         refuse_misfits(model, sparsifier, self.targets)
         for t in self.targets:
             self._hold(t)
@@ -74,8 +74,11 @@ class Handle:
         """One optimizer step has been taken: choose new supports where the policy says so, and hold zeros at zero.
 
         Raises:
-            TargetError: the support is due to move by the gradient, but no backward pass has left one.
+            TargetError: the support is due to move by the gradient, but no backward pass has left one; or the method
+                has a part in the optimizer's step and was never given one.
         """
+        if self.optimizer is None and (part := self._part_in_steps()):
+            raise TargetError(f"method {self.sparsifier.name!r} {part}; call handle.follow(optimizer) before")
         self.steps += 1
         self._meter.add(*self._work())
         self._update_if_due()
@@ -116,15 +119,7 @@ class Handle:
             TargetError: a name is not that of a layer held, or a support has another shape than its weight.
         """
         held = {t.name: t for t in self.targets}
-        for name, support in supports.items():
-            if name not in held:
-                raise TargetError(f"no layer {name!r} is held here; {near(name, held)}")
-            expected = self._mask(held[name]).mask.shape
-            if support.shape != expected:
-                raise TargetError(
-                    f"the support of layer {name!r} is {tuple(support.shape)}, its weight {tuple(expected)}; "
-                    "give it in the layout the weight is stored in"
-                )
+        refuse_other_supports(supports, {n: self._mask(t).mask.shape for n, t in held.items()})
         for name, support in supports.items():
             self._take(held[name], support.kept.to(self._mask(held[name]).mask.device))
         self._project()
@@ -145,15 +140,12 @@ class Handle:
         return all(parametrize.is_parametrized(t.module(self.model), "weight") for t in self.targets)
 
     def observe(self, *args: object, **kwargs: object) -> None:
-        """Run the model once on a batch to count each layer's positions, as `report` needs where it is compiled."""
-        self._meter.watch(self.model, self.targets)
-        training = [(m, m.training) for m in self.model.modules()]
-        try:
-            self.model.eval()(*args, **kwargs)
-        finally:
-            self._meter.rest()
-            for module, mode in training:
-                module.training = mode
+        """Run the model once on a batch to count each layer's positions, as `report` needs where it is compiled.
+
+        Raises:
+            TargetError: no layer that is held was reached, or the model's own code is compiled (`model.compile()`).
+        """
+        self._meter.observe(self.model, self.targets, args, kwargs)
 
     def remove(self) -> nn.Module:
         """Write the zeros into the weights, take the masks away, and return the model.
@@ -172,7 +164,8 @@ class Handle:
         for t in self.targets:
             self._mask(t).shrink, self._mask(t).fade = hard, None  # what has not faded yet goes as well
             for module in sharers(self.model, t):
-                close_back(module)
+                if self.sparsifier.backward is not None:
+                    close_back(module)
                 parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
         return self.model
 
@@ -182,8 +175,7 @@ class Handle:
             "method": self.sparsifier.name,
             "steps": self.steps,
             "waiting": self._waiting,
-            "grown": {n: int(v) for n, v in self._grown.items()},
-            "moved": {n: int(v) for n, v in self._moved.items()},
+            **self._tally.state_dict(),
             **self._meter.state_dict(),
         }
 
@@ -193,18 +185,9 @@ class Handle:
         Raises:
             FileDamaged: the state is not a handle's, or another method's.
         """
-        missing = {"method", "steps", "waiting", "grown", "moved", "positions", "spent"} - set(state)
-        if missing:
-            raise FileDamaged(
-                f"a handle's state holds {sorted(missing)}, got {sorted(state)}; pass what state_dict() returned"
-            )
-        if state["method"] != self.sparsifier.name:
-            raise FileDamaged(
-                f"this state is of method {state['method']!r}, the handle's is {self.sparsifier.name!r}; attach it"
-            )
+        refuse_other_state(state, self.sparsifier)
         self.steps, self._waiting = int(state["steps"]), bool(state["waiting"])  # type: ignore[call-overload]
-        self._grown, self._moved = dict(state["grown"]), dict(state["moved"])  # type: ignore[call-overload]
-        self._kept = {}
+        self._tally.load_state_dict(state)
         self._meter.load_state_dict(state)
         self._fade()
         self._listen()
@@ -217,6 +200,9 @@ class Handle:
             parametrize.register_parametrization(module, "weight", mask)
             if two_way:
                 open_back(module)
+
+    def _part_in_steps(self) -> str | None:
+        return part_in_steps(self.sparsifier)
 
     def _pull(self) -> RemovableHandle | None:
         shrink = self.sparsifier.shrink
@@ -247,7 +233,7 @@ class Handle:
         return target.module(self.model).parametrizations.weight.original
 
     def _view(self, target: Target) -> Tensor:
-        return _turned(whole(self._original(target).detach()), target)
+        return target.turned(whole(self._original(target).detach()))
 
     def _update_if_due(self) -> None:
         if self._waiting or self.sparsifier.policy.due(self.steps):
@@ -256,17 +242,15 @@ class Handle:
 
     def _change(self, supports: Iterable[tuple[Target, Support]]) -> None:
         for t, support in supports:
-            self._take(t, _turned(support.kept, t))
+            self._take(t, t.turned(support.kept))
         self._project()
 
     def _take(self, target: Target, kept: Tensor) -> None:
         """The layer keeps these entries from now on; what came and went is counted, without waiting for the device."""
-        mask, name = self._mask(target).mask, target.name
+        mask = self._mask(target).mask
         if self.steps:
-            self._grown[name] = (kept & ~mask).count_nonzero()
-            self._moved[name] = self._moved.get(name, 0) + (kept ^ mask).count_nonzero()
+            self._tally.change(target.name, (kept & ~mask).count_nonzero(), (kept ^ mask).count_nonzero())
         mask.copy_(kept)
-        self._kept = {}
 
     def _choose(self) -> Iterator[tuple[Target, Support]]:
         """New supports by score; layer by layer, so that the scores of one layer at a time are held."""
@@ -281,7 +265,7 @@ class Handle:
             scores_of_one, rule = score(t), self.per_layer[t.name]
             if rule.backward is not None:
                 back = replace(rule, pattern=rule.backward).choose(scores_of_one, step=self.steps)
-                self._mask(t).back.copy_(_turned(back.kept, t))
+                self._mask(t).back.copy_(t.turned(back.kept))
             yield t, rule.choose(scores_of_one, step=self.steps)
 
     def _stats(self, target: Target) -> dict[str, Tensor]:
@@ -291,12 +275,9 @@ class Handle:
         """Drop and grow. A step whose gradient overflowed (a GradScaler skips it) leaves the move to the next one."""
         policy = self.sparsifier.policy
         assert isinstance(policy, DropGrow)
-        if self.optimizer is None:
-            raise TargetError(
-                "links are due to move, and new ones start with empty momenta; call handle.follow(optimizer)"
-            )
-        gradients = self._gradients.take() if policy.grow == "gradient" else {}
-        if policy.grow == "gradient" and not gradients:
+        by_gradient = policy.grow == "gradient"
+        gradients = self._gradients.take() if by_gradient else {}
+        if by_gradient and not gradients:
             raise TargetError(
                 f"the support is due to move after step {self.steps}, but no gradient reached its layers; "
                 "call loss.backward(), optimizer.step() and then handle.step()"
@@ -304,28 +285,9 @@ class Handle:
         self._waiting = not all(bool(g.isfinite().all()) for g in gradients.values())
         if self._waiting:
             return {}
-        moving = [t for t in self.targets if policy.grow != "gradient" or t.name in gradients]
-        held = {t: Support(_turned(self._mask(t).mask, t)) for t in moving}
-        drop = {t: policy.drop(self._view(t), {"salt": self._lot(t)}) for t in moving}
-        grow = {t: self._grow(policy, t, gradients) for t in moving}
-        for t in moving:
-            for scores in (drop[t], grow[t]):
-                require_finite(scores, f"the score that is to move the support of layer {t.name!r}")
-        where = self.sparsifier.pattern, self.steps
-        if policy.across:
-            return policy.move_across(held, drop, grow, *where)  # type: ignore[arg-type, return-value]
-        return {t: policy.move(held[t], drop[t], grow[t], *where) for t in moving}
-
-    def _grow(self, policy: DropGrow, target: Target, gradients: Mapping[str, Tensor]) -> Tensor:
-        if policy.grow == "gradient":
-            return _turned(gradients[target.name], target).abs()
-        score = random(policy.seed) if policy.grow == "random" else policy.grow
-        assert not isinstance(score, str)
-        return score(self._view(target), {"salt": self._lot(target)})
-
-    def _lot(self, target: Target) -> Tensor:
-        """A salt of its own for each layer and step."""
-        return salt(f"{target.name}@{self.steps}")
+        moving = [t for t in self.targets if not by_gradient or t.name in gradients]
+        held = {t: Support(t.turned(self._mask(t).mask)) for t in moving}
+        return moved(policy, self.sparsifier.pattern, held, self._view, gradients, self.steps)
 
     def _listens(self) -> bool:
         """The dense gradient of the step to come is needed."""
@@ -344,23 +306,20 @@ class Handle:
             for t in self.targets:
                 original = self._original(t)
                 dropped = ~part_of(self._mask(t).mask, original)
-                slots = self.optimizer.state.get(original, {}).values() if self.optimizer else ()
-                for slot in (original, *slots):
-                    if isinstance(slot, Tensor) and slot.shape == original.shape:
-                        own(slot).masked_fill_(dropped, 0)
+                for pruned in (original, *slots(self.optimizer, original)):
+                    own(pruned).masked_fill_(dropped, 0)
 
     def _counts(self) -> dict[str, int]:
-        """Kept entries of each layer; counted once per support."""
-        if not self._kept:
-            self._kept = {t.name: int(self._mask(t).mask.count_nonzero()) for t in self.targets}
-        return self._kept
+        """Kept entries of each layer."""
+        return {t.name: self._tally.count(t.name, self._mask(t).mask) for t in self.targets}
 
     def _work(self) -> tuple[Mapping[str, int], Mapping[str, int], Mapping[str, int]]:
         """Entries that the last step multiplied with: forward, by the inputs, by the weights."""
         if self._left:
             return self._meter.sizes, self._meter.sizes, self._meter.sizes
         kept, two_way = self._counts(), self.sparsifier.backward is not None
-        by_inputs = {t.name: int(self._mask(t).back.count_nonzero()) for t in self.targets} if two_way else kept
+        back = lambda t: self._tally.count(f"{t.name}, backward", self._mask(t).back)
+        by_inputs = {t.name: back(t) for t in self.targets} if two_way else kept
         return kept, by_inputs, self._learning()
 
     def _learning(self) -> Mapping[str, int]:
@@ -369,17 +328,5 @@ class Handle:
         return self._meter.sizes if dense else self._counts()
 
     def _layer_report(self, target: Target) -> LayerReport:
-        kept = _turned(self._mask(target).mask, target)
-        return LayerReport(
-            target.name,
-            self._counts()[target.name],
-            kept.numel(),
-            int(self._grown.get(target.name, 0)),
-            int(self._moved.get(target.name, 0)),
-            *dead(kept, getattr(target.module(self.model), "groups", 1)),
-        )
-
-
-def _turned(x: Tensor, target: Target) -> Tensor:
-    """From the layout of storage to outputs first, or back."""
-    return x.t() if target.transposed else x
+        kept, groups = target.turned(self._mask(target).mask), getattr(target.module(self.model), "groups", 1)
+        return self._tally.report(target.name, kept, groups)

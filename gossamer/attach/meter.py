@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..core.errors import TargetError
 from .targets import Target, sharers
 
 
@@ -59,6 +60,31 @@ class Meter:
             for t in targets
             for module in sharers(model, t)
         ]
+
+    def observe(
+        self, model: nn.Module, targets: Sequence[Target], args: Sequence, kwargs: Mapping[str, object]
+    ) -> None:
+        """Count positions anew in one pass in evaluation mode, whether or not the caller wants gradients.
+
+        Raises:
+            TargetError: the pass ran none of the layers where it could be seen; what was counted before stays.
+        """
+        before, training = self.positions, [(m, m.training) for m in model.modules()]
+        self.watch(model, targets)
+        try:
+            with torch.enable_grad():
+                model.eval()(*args, **kwargs)
+            if not self.positions:
+                raise TargetError(
+                    "the pass ran none of the held layers where it could be seen; pass a batch that reaches them, and "
+                    "compile with torch.compile(model), which leaves the model itself as it is"
+                )
+            before = self.positions
+        finally:
+            self.positions = before
+            self.rest()
+            for module, mode in training:
+                module.training = mode
 
     def rest(self) -> None:
         """Take the hooks away."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import TargetError
-from ..core.policy import OneShot
 from ..core.shrink import hard
 from ..core.sparsifier import Sparsifier
 from ..nn.sparse_linear import SparseLinear, carry
@@ -69,16 +68,20 @@ class SparseHandle(Handle):
         return self._layer(target).weight.detach()
 
     def _take(self, target: Target, kept: Tensor) -> None:
-        layer, name = self._layer(target), target.name
+        layer = self._layer(target)
         if self.optimizer is None and self.steps:
             raise TargetError("layers are due to change their length, but whose? call handle.follow(optimizer) before")
         move = layer.set_support(kept)
         if self.optimizer is not None:
             carry(self.optimizer, layer.values, move)
         if self.steps:
-            self._grown[name] = move.grown
-            self._moved[name] = self._moved.get(name, 0) + move.grown + move.dropped
-        self._kept = {}
+            self._tally.change(target.name, move.grown, move.grown + move.dropped)
+
+    def _counts(self) -> dict[str, int]:
+        return {t.name: self._layer(t).values.numel() for t in self.targets}
+
+    def _part_in_steps(self) -> str | None:
+        return super()._part_in_steps() or "gave its layers new parameters, which an optimizer must know"
 
     def _project(self) -> None:
         """Nothing is stored that could be other than zero."""
@@ -127,17 +130,21 @@ class _OutputGradients(DenseGradients):
             layer = t.module(self.model)
             if layer.values.requires_grad:
                 self.mask(t).listening = True
-                self._hooks.append(layer.register_forward_hook(_watch(self._caught, t.name)))
+                self._hooks.append(layer.register_forward_hook(_watch(self._caught, t.name), with_kwargs=True))
+
+    def take(self) -> dict[str, Tensor]:
+        return dict(self._caught)  # one process trains: see `refuse_what_is_not_linear`
 
 
 def _watch(caught: dict[str, Tensor], name: str) -> Callable[..., None]:
     def add(dz: Tensor, x: Tensor) -> None:
-        dw_MK = dz.flatten(0, -2).float().t() @ x.flatten(0, -2).float()
+        wide = torch.promote_types(dz.dtype, torch.float32)
+        dw_MK = dz.reshape(-1, dz.shape[-1]).to(wide).t() @ x.reshape(-1, x.shape[-1]).to(wide)
         caught[name] = caught[name] + dw_MK if name in caught else dw_MK
 
-    def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         if output.requires_grad:
-            x = args[0].detach()
+            x = (args[0] if args else kwargs["input"]).detach()
             output.register_hook(lambda dz: add(dz, x))
 
     return hook
@@ -150,7 +157,8 @@ def refuse_what_is_not_linear(
 
     Raises:
         TargetError: a layer is not a plain `nn.Linear` in float32 or float64, is tied, or is the whole model; the
-            method lets pruned weights learn; or several processes train.
+            method lets pruned weights learn; several processes train; or there is no optimizer, which would go on
+            with the dense parameters where it was built before.
     """
     for t in targets:
         if why := _refusal(model, t):
@@ -162,10 +170,13 @@ def refuse_what_is_not_linear(
         raise TargetError(f"{sparsifier.name!r} lets pruned weights learn, so they must exist; use backend='masked'")
     if sparsifier.backward is not None:
         raise TargetError(f"{sparsifier.name!r} has a second support for the backward pass; use backend='masked'")
-    if optimizer is None and not isinstance(sparsifier.policy, OneShot):
-        raise TargetError(f"{sparsifier.name!r} changes how many weights a layer holds; pass optimizer=")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise TargetError("parameters that change their length cannot be shared by processes; use backend='masked'")
+    if optimizer is None:
+        raise TargetError(
+            "backend='sparse' puts new parameters in place of the dense ones, which an optimizer built before does not "
+            "know; pass optimizer=, or optimizer='later' and then call handle.follow(optimizer)"
+        )
 
 
 def _refusal(model: nn.Module, target: Target) -> str | None:

@@ -81,8 +81,8 @@ def _probed(
 ) -> dict[Target, dict[str, Tensor]]:
     if sparsifier.probe is None:
         return {}
-    found = sparsifier.probe(model, {f"{t.name}.weight": t.turned(w) for t, w in weights.items()}, trial)
-    stats = {t: {name: t.turned(x) for name, x in found[f"{t.name}.weight"].items()} for t in weights}
+    found = sparsifier.probe(model, {t.parameter: t.turned(w) for t, w in weights.items()}, trial)
+    stats = {t: {name: t.turned(x) for name, x in found[t.parameter].items()} for t in weights}
     for t, of_layer in stats.items():
         for name, x in of_layer.items():
             require_finite(x, f"the {name} of layer {t.name!r}")

@@ -28,6 +28,11 @@ class Target:
     name: str
     transposed: bool = False
 
+    @property
+    def parameter(self) -> str:
+        """The weight's dotted name; a model may be one layer itself, which has no name."""
+        return f"{self.name}.weight" if self.name else "weight"
+
     def module(self, model: nn.Module) -> nn.Module:
         """The layer itself."""
         return model.get_submodule(self.name)
@@ -70,11 +75,16 @@ def find(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] =
     Raises:
         TargetError: a pattern matches no prunable layer (near names listed), nothing is left, or masks are attached.
     """
-    layers = dict(_prunable(model))
+    layers, stored = dict(_prunable(model)), _stored_sparse(model)
     if not layers:
+        _refuse_stored(stored)
         raise TargetError(f"{type(model).__name__} has no linear or convolution layer; nothing here can be pruned")
     for spec in (*include, *exclude):
         if not any(_match(spec, name) for name in layers):
+            here = [name for name in stored if _match(spec, name)]
+            if here and spec in exclude:
+                continue
+            _refuse_stored(here)
             raise TargetError(f"target {spec!r} matches none of {len(layers)} prunable layers; {near(spec, layers)}")
     head = _heads(model)
     kept, skipped, seen = [], [], {}
@@ -87,6 +97,7 @@ def find(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] =
             seen[id(_parameter(module))] = name
             kept.append(Target(name, transposed=_is_conv1d(module)))
     if not kept:
+        _refuse_stored(stored)
         raise TargetError(f"every layer is left out: {'; '.join(f'{n}: {r}' for n, r in skipped[:5])}")
     return Found(tuple(kept), tuple(skipped))
 
@@ -110,6 +121,12 @@ def refuse_foreign(optimizer: torch.optim.Optimizer, weights: Mapping[str, Tenso
         )
 
 
+def slots(optimizer: torch.optim.Optimizer | None, weight: Tensor) -> Iterator[Tensor]:
+    """What the optimizer holds in the weight's shape: momentum, both moments of Adam."""
+    state = optimizer.state.get(weight, {}) if optimizer is not None else {}
+    yield from (slot for slot in state.values() if isinstance(slot, Tensor) and slot.shape == weight.shape)
+
+
 def _refusal(
     name: str, module: nn.Module, include: Sequence[str], exclude: Sequence[str], head: set[int], seen: dict[int, str]
 ) -> str | None:
@@ -127,6 +144,19 @@ def _refusal(
 def _refuse_masked(name: str, module: nn.Module) -> None:
     if parametrize.is_parametrized(module, "weight"):
         raise TargetError(f"layer {name!r} still carries a mask or another parametrization; call handle.remove() first")
+
+
+def _refuse_stored(names: Sequence[str]) -> None:
+    if names:
+        raise TargetError(
+            f"layer {names[0]!r} is held already (a SparseLinear stores its kept weights only); call handle.remove() "
+            "first"
+        )
+
+
+def _stored_sparse(model: nn.Module) -> list[str]:
+    """Layers that a handle with backend="sparse" holds, or that were sparse from the start."""
+    return [name for name, module in model.named_modules() if type(module).__name__ == "SparseLinear"]
 
 
 def _parameter(module: nn.Module) -> Tensor:

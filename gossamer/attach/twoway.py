@@ -15,7 +15,7 @@ from torch.nn import functional
 from ..core.errors import TargetError
 from ..core.shrink import hard
 from ..core.support import Support
-from .targets import Target
+from .targets import Target, sharers
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -35,12 +35,18 @@ def refuse_one_way(model: nn.Module, target: Target) -> None:
 
     Raises:
         TargetError: the layer is of a class of its own, whose forward we do not know, or is not called at all
-            (the output projection of nn.MultiheadAttention).
+            (the output projection of nn.MultiheadAttention); or its forward is replaced already, as by a hook of
+            Accelerate's.
     """
     module = target.module(model)
     if type(module) not in (nn.Linear, *_CONVS) and not target.transposed:
         raise TargetError(
             f"layer {target.name!r} is a {type(module).__name__}, whose backward pass cannot be changed; skip= it"
+        )
+    if any("forward" in layer.__dict__ for layer in sharers(model, target)):
+        raise TargetError(
+            f"the forward of layer {target.name!r} is replaced already (other libraries do that to call hooks), and "
+            "cannot be replaced again; take that away first, or skip= the layer"
         )
 
 

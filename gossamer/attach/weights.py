@@ -21,10 +21,11 @@ from ..core.sparsifier import Sparsifier
 from ..core.support import Support
 from ..score.trial import Loss, Trial
 from .exploring import ExploringHandle
+from .fit import part_in_steps
 from .handle import Handle
 from .masked import Masked
 from .sharded import is_sharded
-from .spread import spread
+from .spread import spread, tries_out
 from .start import first_supports
 from .targets import Target, find, refuse_foreign
 
@@ -57,9 +58,11 @@ def attach(
         allocation: how the density is spread over layers: "uniform", "er", "erk", a method in which layers compete
             ("snip": its densities, not its choice), or a density per layer name; the method's own unless given. The
             model's count is exact.
-        optimizer: its slots (momenta) are held at zero with the weights. Supports that move need it. Build it before
-            or after: parameters are found by name, and parametrize keeps the same Parameter object. "later" = it will
-            be given to `handle.follow`, for FSDP2, which is applied after attaching and makes new parameters.
+        optimizer: its slots (momenta) are held at zero with the weights. Supports that move need it. With masks it may
+            be built before or after attaching: parameters are found by name, and parametrize keeps the same Parameter
+            object. backend="sparse" needs it too: its layers have new parameters, which take the old ones' place in it.
+            "later" = it will be built from the attached model and given to `handle.follow`, for FSDP2, which is applied
+            after attaching and makes new parameters.
         total_steps: length of the run, for methods with a schedule; others have no use for it. Unit: optimizer steps.
         data: for methods that try the model out first (SNIP, say): a batch (inputs, target), a mapping that the model
             takes by name, or several such batches; all are used. Others have no use for it.
@@ -91,8 +94,8 @@ def attach(
     if built is not None:
         refuse_foreign(built, {t.name: t.module(model).weight for t in found})
     chosen = _handle(backend, model, found, sparsifier, optimizer)
-    trial = None if data is None else Trial.of(data, loss)
     allocation = _own_allocation(sparsifier) if allocation is None else allocation
+    trial = Trial.of(data, loss) if data is not None and tries_out(sparsifier, allocation) else None
     per_layer = spread(model, found, sparsifier, allocation, trial)
     start = first_supports(model, found, sparsifier, per_layer, trial) if sparsifier.probe else None
     return chosen(model, sparsifier, found, built, per_layer=per_layer, start=start)
@@ -150,21 +153,18 @@ def _refuse_what_training_lacks(sparsifier: Sparsifier, optimizer: torch.optim.O
             f"attach keeps values hard or lets gradients straight through, but {sparsifier.name!r} asks for {shrink}; "
             "parametrize with that rule yourself, or use shrink=hard"
         )
-    if isinstance(shrink, StraightThrough) and shrink.pull and optimizer is None:
-        raise TargetError(
-            f"method {sparsifier.name!r} draws pruned weights to 0 within the optimizer's step; pass optimizer="
+    if optimizer is None and (part := part_in_steps(sparsifier)):
+        raise TargetError(f"method {sparsifier.name!r} {part}; pass optimizer=")
+    if sparsifier.explore and sparsifier.explore.density < sparsifier.final_density():
+        raise BudgetError(
+            f"the gradient reaches all that is kept and more, but explore has density {sparsifier.explore.density:g} "
+            f"where {sparsifier.final_density():g} are kept; give it as much or more"
         )
     if sparsifier.probe and not isinstance(sparsifier.policy, (OneShot, DropGrow)):
         raise TargetError(f"method {sparsifier.name!r} tries the model out before training, so it cannot choose later")
     if (sparsifier.needs and not sparsifier.probe) or sparsifier.solve:
         raise TargetError(
             f"method {sparsifier.name!r} needs calibration data; use gossamer.prune(model, ..., data=...)"
-        )
-    if sparsifier.explore and optimizer is None:
-        raise TargetError(f"method {sparsifier.name!r} adds to the gradients of its optimizer's step; pass optimizer=")
-    if isinstance(sparsifier.policy, DropGrow) and optimizer is None:
-        raise TargetError(
-            f"method {sparsifier.name!r} moves links, and new ones must start with empty momenta; pass optimizer="
         )
 
 

@@ -70,7 +70,7 @@ _TITLES = {UNEXPECTED: "unexpected error", YOURS: "cannot do that", ENVIRONMENT:
 _NOTHING_KEPT = "Assets that were fetched whole are kept; anything else starts anew."
 _KEPT = {
     "prune": "Finished layers are kept: run the same command again to go on from there.",
-    "train": "The step is saved: run the same command again to go on from there.",
+    "train": "Run the same command again to go on from the last step that was saved.",
 }
 
 

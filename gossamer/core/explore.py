@@ -17,7 +17,8 @@ class Explore:
 
     Args:
         density: fraction of entries in B, above the support's own and up to 1. Where layers differ in density, their B
-            are wider than their A by the same factor.
+            are wider than their A by the same factor. What is kept always learns, so B is wider still where rows are
+            regrouped for each.
         penalty: λ >= 0 of ½·λ·Σ_A w² + ½·(λ/D)·Σ_{B∖A} w², D the layer's density: explored weights must earn more.
 
     Raises:

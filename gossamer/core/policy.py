@@ -54,16 +54,18 @@ class Always:
 
     Args:
         every: steps between choices, at least 1.
+        at: steps at which the support is chosen whatever `every` says, such as those where the budget changes.
     """
 
     every: int = 1
+    at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise BudgetError(f"a support is chosen every 1, 2, ... steps, got every={self.every}")
 
     def due(self, step: int) -> bool:
-        return step % self.every == 0
+        return step % self.every == 0 or step in self.at
 
 
 def within_run(until: int, total_steps: int) -> int:

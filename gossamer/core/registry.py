@@ -35,6 +35,12 @@ class Method:
         """First line of the docstring."""
         return (inspect.getdoc(self.build) or "").split("\n")[0]
 
+    @property
+    def needs_density_alone(self) -> bool:
+        """True if it can be built from a density and nothing else."""
+        own = inspect.signature(self.build).parameters.values()
+        return any(p.name == "density" for p in own) and all(p.default is not p.empty for p in own)
+
     def __call__(self, **options: object) -> Sparsifier:
         """Build the sparsifier, refusing options that the method does not have.
 

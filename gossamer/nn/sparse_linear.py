@@ -171,7 +171,8 @@ class SparseLinear(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input  # the name that nn.Linear gives it
         if self.values.dtype not in _SUPPORTED:
             raise FormatError(f"SparseLinear computes in float32, its values are {self.values.dtype}; call .float()")
         if x.dtype != self.values.dtype and torch.is_autocast_enabled(x.device.type):

@@ -15,6 +15,7 @@ from ..attach.targets import Target
 from ..core.errors import CalibrationError
 from ..core.files import whole_file
 from ..core.sparsifier import Sparsifier
+from ..score import Trial
 from .sensitivity import allocate_by_sensitivity
 
 Progress = Callable[[str, int, int], None]
@@ -27,24 +28,27 @@ def allocate(
     allocation: str | dict[str, float],
     *,
     data: list[Batch] | None = None,
+    trial: Trial | None = None,
     progress: Progress | None = None,
     workdir: str | Path | None = None,
 ) -> dict[str, Sparsifier]:
     """The sparsifier of every layer, each at its own density.
 
     Args:
-        allocation: "uniform", "er", "erk", "sensitivity", or a density per layer name.
+        allocation: "uniform", "er", "erk", "sensitivity", a method in which layers compete ("snip"), or a density per
+            layer name.
         data: calibration batches, for "sensitivity".
+        trial: data and loss, for such a method.
         workdir: a measured allocation is kept here and taken again by the run that goes on.
 
     Raises:
         BudgetError: the pattern fixes the density, as 2:4 does.
-        TargetError: the layers compete in one pool already, or a layer has no density.
-        CalibrationError: "sensitivity" without data.
+        TargetError: the layers compete in one pool already, a layer has no density, or a name is no layer's.
+        CalibrationError: "sensitivity", or a method that tries the model out, without data.
         UnknownName: no such rule.
     """
     if allocation != "sensitivity":
-        return spread(model, targets, sparsifier, allocation)
+        return spread(model, targets, sparsifier, allocation, trial, besides=("sensitivity",))
     refuse_spreading(sparsifier, allocation)
     if data is None:
         raise CalibrationError("allocation 'sensitivity' measures layers on inputs; pass data= (calibration batches)")

@@ -25,10 +25,12 @@ def reestimate_batch_norms(model: nn.Module, batches: Iterable[object]) -> nn.Mo
         CalibrationError: there is no batch.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return model
     modes = [(m, m.training) for m in model.modules()]
     momenta = [m.momentum for m in norms]
     batches = list(batches)
-    if norms and not batches:
+    if not batches:
         raise CalibrationError("no batch to take statistics of batch norms from; pass a few hundred training examples")
     model.eval()
     for m in norms:

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attach.fit import refuse_misfits
 from ..attach.handle import Handle
 from ..attach.targets import Target
 from ..attach.weights import hold
 from ..core.errors import BudgetError, TargetError
+from ..core.policy import OneShot
+from ..core.registry import get_method
 from ..core.sparsifier import Sparsifier, require_finite
 from ..core.support import Support
 
@@ -33,10 +36,15 @@ class DenseRun:
     """What `train` gets in place of a handle while nothing is pruned: it counts steps and notes the state to rewind to.
 
     Args:
-        rewind_to: the step whose state is wanted. Unit: optimizer steps.
+        rewind_to: the step whose state is wanted, 0 or later. Unit: optimizer steps.
+
+    Raises:
+        BudgetError: rewind_to is below 0.
     """
 
     def __init__(self, model: nn.Module, rewind_to: int) -> None:
+        if rewind_to < 0:
+            raise BudgetError(f"rewind_to counts optimizer steps from 0 on, got {rewind_to}")
         self.model, self.rewind_to, self.steps = model, rewind_to, 0
         self.state: State | None = copied(model) if rewind_to == 0 else None
 
@@ -76,6 +84,27 @@ def shrinking(density: float, per_round: float) -> tuple[float, ...]:
     return (*(round((1.0 - per_round) ** r, 12) for r in range(1, rounds)), density)
 
 
+def rules(
+    model: nn.Module, targets: Sequence[Target], method: str, densities: Sequence[float]
+) -> tuple[Sparsifier, ...]:
+    """The method at each density, built before anything is trained.
+
+    Raises:
+        UnknownName: there is no such method.
+        TargetError: it goes by more than the weights, or chooses while the model trains.
+        PatternError: a layer does not fit its pattern.
+    """
+    found = get_method(method)
+    made = tuple(found(density=d) for d in densities) if found.needs_density_alone else ()
+    if not made or made[0].needs or made[0].solve or made[0].probe or not isinstance(made[0].policy, OneShot):
+        raise TargetError(
+            f"the loop cuts once between two runs, by the weights alone, which method {method!r} does not; use "
+            "'global_magnitude' or 'magnitude'"
+        )
+    refuse_misfits(model, made[0], targets)
+    return made
+
+
 def choose_within(
     model: nn.Module, targets: Sequence[Target], sparsifier: Sparsifier, within: Mapping[str, Support] | None = None
 ) -> dict[str, Support]:
@@ -84,12 +113,13 @@ def choose_within(
     for name, w in weights.items():
         require_finite(w, f"the weight of layer {name!r}")
     scores = {n: sparsifier.score(w, {}) for n, w in weights.items()}
-    before = {t.name: turned(within[t.name], t) for t in targets} if within else None
+    turned = lambda t, support: Support(t.turned(support.kept))
+    before = {t.name: turned(t, within[t.name]) for t in targets} if within else None
     if sparsifier.scope == "model":
         won = sparsifier.choose_across(scores, within=before)
     else:
         won = {n: sparsifier.choose(s, within=before and before[n]) for n, s in scores.items()}
-    return {t.name: turned(won[t.name], t) for t in targets}
+    return {t.name: turned(t, won[t.name]) for t in targets}
 
 
 def sparse_run(
@@ -117,8 +147,3 @@ def copied(model: nn.Module) -> State:
     """A copy of the model's state, of which later training changes nothing."""
     with torch.no_grad():
         return {n: v.detach().clone() for n, v in model.state_dict().items()}
-
-
-def turned(support: Support, target: Target) -> Support:
-    """From the layout of storage to outputs first, or back."""
-    return Support(support.kept.t()) if target.transposed else support

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..attach.targets import find
-from ..core.registry import get_method
 from ..core.support import Support
-from .cycles import Cycle, DenseRun, State, Train, choose_within, shrinking, sparse_run
+from .cycles import Cycle, DenseRun, State, Train, choose_within, rules, shrinking, sparse_run
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,9 @@ def lottery_ticket(
 
     Raises:
         BudgetError: the density is not between 0 and 1, or the dense run ended before step k.
-        TargetError: no layer to prune, or train() never called handle.step().
+        UnknownName: no such method.
+        TargetError: no layer to prune, a method that goes by more than the weights, or train() never called
+            handle.step().
 
     Reference: Frankle and Carbin, The Lottery Ticket Hypothesis, arXiv:1803.03635; rewinding to a later step from
         Frankle et al., Linear Mode Connectivity and the Lottery Ticket Hypothesis, arXiv:1912.05671.
@@ -75,11 +76,11 @@ def lottery_ticket(
         pruned like the others or left out by `skip`.
     """
     found = find(model, tuple(targets), tuple(skip)).targets
-    densities = shrinking(density, per_round)
+    sparsifiers = rules(model, found, method, shrinking(density, per_round))
     dense = DenseRun(model, rewind_to)
     cycles, supports = [Cycle(1.0, train(model, dense))], None
-    for kept in densities:
-        supports = choose_within(model, found, get_method(method)(density=kept), supports)
+    for sparsifier in sparsifiers:
+        supports = choose_within(model, found, sparsifier, supports)
         cycles.append(sparse_run(model, train, supports, state=dense.noted(), first_step=rewind_to))
     assert supports is not None
     return Ticket(supports, dense.noted(), rewind_to, tuple(cycles))

@@ -59,8 +59,11 @@ class Plan:
             raise GossamerError(f"rate must be above 0 and decay not below, got rate={self.rate}, decay={self.decay}")
         if self.optimizer not in OPTIMIZERS:
             raise GossamerError(f"optimizer is one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
-        if self.method == "dense" and (self.density not in (None, 1.0) or self.options):
-            raise GossamerError("method 'dense' keeps every weight; leave density and options out, or name a method")
+        of_methods = {"density": self.density not in (None, 1.0), "backend": self.backend != "masked"}
+        of_methods |= {n: bool(getattr(self, n)) for n in ("allocation", "targets", "skip", "options")}
+        if self.method == "dense" and any(of_methods.values()):
+            given = ", ".join(name for name, said in of_methods.items() if said)
+            raise GossamerError(f"method 'dense' keeps every weight; leave {given} out, or name a method")
 
     def to_dict(self) -> dict[str, object]:
         """JSON-ready."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..attach.calibrate import Arrival, Batch, Collector, stream, without_statistics
 from ..attach.journal import Journal, digest
+from ..attach.spread import tries_out
 from ..attach.start import first_supports
 from ..attach.targets import Found, Target, find
 from ..core.errors import CalibrationError, PatternError, TargetError
@@ -104,7 +105,8 @@ def prune(
         targets: glob patterns of layers ("re:" for regular expressions); empty = all but the output head.
         skip: layers to leave alone.
         allocation: how the density is spread over layers: "uniform", "er", "erk", "sensitivity" (measured with
-            `data`: one more pass), or a density per layer name.
+            `data`: one more pass), a method in which layers compete ("snip", with `data` and `loss`: its densities, not
+            its choice), or a density per layer name.
         workdir: keep finished layers here; a run that was killed goes on from the last finished layer.
         offload: keep the target weights on disk (in `workdir`) and only the layer at hand in memory.
         progress: called with (layer, done, total).
@@ -126,20 +128,24 @@ def prune(
     sparsifier = replace(sparsifier, regroup=True) if regroup else sparsifier
     found = _leave_out(model, find(model, tuple(targets), tuple(skip)), sparsifier)
     _check_fit(model, found, sparsifier)
+    tried = tries_out(sparsifier, allocation)
     if data is not None:
-        data = list(as_batches(data) if sparsifier.probe else data)
+        data = list(as_batches(data) if tried else data)
     if sparsifier.needs and not data:
         raise CalibrationError(f"method {sparsifier.name!r} scores weights by data; pass data= (calibration batches)")
     if offload and workdir is None:
         raise TargetError("offload keeps weights on disk and needs to know where; pass workdir=")
     if offload and any(t.weight(model).device.type != "cpu" for t in found.targets):
         raise TargetError("offload maps weights from files, which only a model on the CPU can use; call model.cpu()")
-    per_layer = allocate(model, found.targets, sparsifier, allocation, data=data, progress=progress, workdir=workdir)
+    trial = Trial.of(data, loss) if tried and data is not None else None
+    per_layer = allocate(
+        model, found.targets, sparsifier, allocation, data=data, trial=trial, progress=progress, workdir=workdir
+    )
     run_of = {"options": {k: repr(v) for k, v in sorted(options.items())}, "data": _data_digest(data)}
     journal = Journal(workdir, _identity(model, found, sparsifier, per_layer) | run_of) if workdir is not None else None
     run = _Run(model, found.targets, per_layer, journal, offload, progress)
     if sparsifier.probe:
-        unreached = run.together(sparsifier, Trial.of(data, loss))
+        unreached = run.together(sparsifier, trial)
     else:
         unreached = run.with_data(data) if sparsifier.needs else run.without_data(sparsifier)
     skipped = (*found.skipped, *((n, "no calibration batch reached it; left dense") for n in unreached))

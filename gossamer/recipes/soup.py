@@ -11,10 +11,9 @@ from torch import nn
 
 from ..attach.targets import find
 from ..core.errors import BudgetError
-from ..core.registry import get_method
 from ..core.support import Support
 from .batch_norm import reestimate_batch_norms
-from .cycles import State, choose_within, copied, sparse_run
+from .cycles import State, choose_within, copied, rules, sparse_run
 
 Evaluate = Callable[[nn.Module], float]
 TrainMember = Callable[[nn.Module, object, int], object]
@@ -81,15 +80,17 @@ def sparse_soup(
 
     Raises:
         BudgetError: the density is not between 0 and 1, fewer than one phase or member, an unknown average.
+        UnknownName: no such method.
+        TargetError: no layer to prune, or a method that goes by more than the weights.
 
     Reference: Zimmer, Spiegel and Pokutta, Sparse Model Soups, arXiv:2306.16788.
     """
     _check(density, phases, members, average, evaluate)
     found = find(model, tuple(targets), tuple(skip)).targets
+    sparsifiers = rules(model, found, method, [density ** (phase / phases) for phase in range(1, phases + 1)])
     batches, supports, held = list(recalibrate), None, []
-    for phase in range(1, phases + 1):
-        kept = density ** (phase / phases)
-        supports = choose_within(model, found, get_method(method)(density=kept), supports)
+    for sparsifier in sparsifiers:
+        supports = choose_within(model, found, sparsifier, supports)
         retrained = _retrain(model, train, supports, members, evaluate)
         stir = partial(_stir, model, retrained.states, batches)
         chosen = _greedy(stir, retrained.values, evaluate) if average == "greedy" else tuple(range(members))

@@ -52,7 +52,8 @@ def synaptic_flow(model: nn.Module, weights: Mapping[str, Tensor], trial: Trial)
     own = {id(model.get_parameter(n)) for n in weights}  # a tied weight has other names as well
     others = {n: p for n, p in model.named_parameters() if id(p) not in own}
     held = {**others, **dict(model.named_buffers()), **weights}
-    positive = {n: _positive(x) for n, x in held.items()}
+    # What counts or indexes stays as it is: `inside` gives the model copies of its buffers.
+    positive = {n: x.detach().abs().double() for n, x in held.items() if x.is_floating_point()}
     leaves = {n: positive[n].requires_grad_() for n in weights}
     modes = [(m, m.training) for m in model.modules()]
     try:
@@ -69,10 +70,6 @@ def _flow(model: nn.Module, inputs: Any, leaves: Mapping[str, Tensor]) -> dict[s
     found = {n: x for n, x in zip(leaves, flows) if x is not None}
     require_reached(leaves, set(found))
     return found
-
-
-def _positive(x: Tensor) -> Tensor:
-    return x.detach().abs().double() if x.is_floating_point() else x
 
 
 def _ones(inputs: Any) -> Any:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gossamer
 from gossamer.core.errors import GossamerError
+from gossamer.core.ranks import mean_over_ranks
 
 STEPS, CUT = 8, 3
 RUN = {"density": 0.25, "total_steps": STEPS, "every": 2}
@@ -158,5 +159,8 @@ def run(rank: int, ranks: int, folder: str) -> None:
     found = {f"ddp {m}": _ddp(m, rank, ranks) for m in METHODS}
     found |= {f"fsdp {m}": _fsdp(m, rank, ranks, Path(folder)) for m in SHARDED}
     found["refused"] = _refusals()
+    held = {n: torch.zeros(2) for n in "abcd"}
+    mine = {"a": torch.ones(2), "bc"[rank]: torch.full((2,), 4.0)}
+    found["union"] = mean_over_ranks(mine, held)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -34,7 +34,7 @@ def train(model: nn.Module, handle, opt: torch.optim.Optimizer, steps: int, seed
 def test_pruned_weights_gradients_and_every_optimizer_slot_stay_zero(make) -> None:
     model = net()
     opt = make(model.parameters(), lr=0.01)
-    handle = gossamer.attach(model, "gradual_magnitude", density=0.25, total_steps=10, every=2, optimizer=opt)
+    handle = gossamer.attach(model, "gradual_magnitude", density=0.25, total_steps=14, until=10, every=2, optimizer=opt)
     counts = []
     for _ in range(14):
         train(model, handle, opt, 1)

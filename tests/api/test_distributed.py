@@ -48,3 +48,8 @@ def test_what_sharding_cannot_do_is_said(found):
     for f in found:
         assert "before fully_shard" in f["refused"]["attach"] and "sharded" in f["refused"]["remove"]
         assert "backend='masked'" in f["refused"]["sparse"]
+
+
+def test_ranks_that_lack_different_names_take_the_mean_of_all_names(found):
+    for f in found:
+        assert {n: x.tolist() for n, x in f["union"].items()} == {"a": [1, 1], "b": [2, 2], "c": [2, 2]}

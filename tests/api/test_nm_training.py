@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -282,3 +283,23 @@ def test_a_weight_that_overflowed_is_named():
         handle.step()
     model[4].parametrizations.weight.original.data[0, :2] = torch.finfo(torch.float32).max  # the sum overflows
     handle.step()
+
+
+def test_a_forward_that_somebody_replaced_is_left_alone():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].forward = replaced = functools.partial(model[0].forward)  # as accelerate's hooks do
+    with pytest.raises(TargetError, match="layer '0' is replaced already"):
+        gossamer.attach(model, "bdwp", pattern="1:4")
+    gossamer.attach(model, "magnitude", density=0.5).remove()
+    assert model[0].forward is replaced
+
+
+@pytest.mark.parametrize("method", ["sr_ste", "bdwp"])
+def test_an_optimizer_that_was_promised_is_asked_for_at_the_first_step(method):
+    model = net()
+    handle = gossamer.attach(model, method, optimizer="later", **METHODS[method])
+    with pytest.raises(TargetError, match=r"within the optimizer's step; call handle\.follow"):
+        handle.step()
+    handle.follow(torch.optim.SGD(model.parameters(), lr=0.1))
+    handle.step()
+    assert handle.steps == 1

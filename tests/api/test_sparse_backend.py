@@ -152,5 +152,42 @@ def test_what_cannot_be_sparse_is_refused_and_nothing_is_changed():
     )
     with pytest.raises(TargetError, match=r"handle\.follow"):
         handle.step()
-    gossamer.attach(model, "static", targets=["2"], **refused)
+    with pytest.raises(TargetError, match="optimizer='later'"):  # one built before would train nothing here
+        gossamer.attach(model, "static", targets=["2"], **refused)
+    later = {**refused, "optimizer": "later"}
+    handle = gossamer.attach(model, "static", targets=["2"], **later)
     assert type(model[2]) is SparseLinear and type(model[3]) is nn.Linear
+    with pytest.raises(TargetError, match=r"new parameters.*handle\.follow"):
+        handle.step()
+    with pytest.raises(TargetError, match="'2' is held already"):
+        gossamer.attach(model, "static", targets=["2"], **later)
+    gossamer.attach(model, "static", targets=["3"], skip=["2"], **later)
+    with pytest.raises(TargetError, match="'2' is held already"):
+        gossamer.attach(model, "static", skip=["0"], **later)
+
+
+class Called(nn.Module):
+    """One sample without a batch axis, and inputs by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 9), nn.Linear(9, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(input=self.first(x).tanh())
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(6,), (2, 3, 6)])
+def test_the_dense_gradient_is_the_masked_one_in_full_precision(shape, kind):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=kind)
+    found = {}
+    for backend in ("masked", "sparse"):
+        model = Called().to(kind)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        how = {"density": 0.5, "total_steps": 4, "every": 1, "backend": backend}
+        handle = gossamer.attach(model, "rigl", optimizer=opt, **how)
+        model(x).square().sum().backward()
+        found[backend] = handle._gradients.take()
+    torch.testing.assert_close(found["sparse"], found["masked"])

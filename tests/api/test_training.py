@@ -295,6 +295,14 @@ def test_what_cannot_be_is_refused_in_words():
         gossamer.attach(model, "static", density=0.5, allocation="ekr")
     with pytest.raises(TargetError, match="names no density for 4"):
         gossamer.attach(model, "static", density=0.5, allocation={"0": 0.5})
+    with pytest.raises(TargetError, match=r"names '5'.*known: 0, 4"):
+        gossamer.attach(model, "static", density=0.5, allocation={"0": 0.5, "4": 0.5, "5": 0.5})
+    for bad in (0.0, 1.5):
+        with pytest.raises(BudgetError, match=f"gives layer '4' {bad:g}"):
+            gossamer.attach(model, "static", density=0.5, allocation={"0": 0.5, "4": bad})
+    with pytest.raises(UnknownName) as said:  # only prune measures it
+        gossamer.attach(model, "static", density=0.5, allocation="sensitivity")
+    assert str(said.value).count("sensitivity") == 1
     assert set(model.state_dict()) == set(net().state_dict())
     handle = gossamer.attach(model, "static", density=0.5, optimizer=opt)
     with pytest.raises(TargetError, match="still carries a mask"):
@@ -311,10 +319,9 @@ def test_a_move_without_a_gradient_says_so():
         handle.step()
 
 
-def test_an_optimizer_that_was_to_come_later_is_asked_for_when_links_move():
+def test_an_optimizer_that_was_to_come_later_is_asked_for_where_links_move():
     model = net()
     handle = gossamer.attach(model, "set", density=0.25, total_steps=8, every=2, optimizer="later")
-    handle.step()
     with pytest.raises(TargetError, match=r"handle\.follow"):
         handle.step()
     with pytest.raises(TargetError, match="does not own"):
@@ -332,3 +339,41 @@ def test_removing_leaves_no_hook_and_no_mask():
 
 def test_names_of_methods():
     assert get_method("rigl").paper == "arXiv:1911.11134" and get_method("static").row == "P004"
+
+
+def test_positions_are_counted_without_gradients_too_and_a_pass_that_reaches_nothing_is_refused():
+    model, opt, handle = start("static", every=None)
+    with torch.no_grad():
+        handle.observe(torch.zeros(6, 4, 4, 4))
+    train(model, opt, handle, range(1))
+    assert handle.report().flops.dense == 6 * (4 * 8 * 9 * 6 * 16 + 128 * 12 * 6)
+
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) if x.shape[0] > 1 else x
+
+    routed = gossamer.attach(Routed(), "magnitude", density=0.5)
+    routed.observe(torch.zeros(3, 4))
+    with pytest.raises(TargetError, match="none of the held layers"):
+        routed.observe(torch.zeros(1, 4))
+    routed.step()
+    assert routed.report().flops.dense == 6 * 16 * 3 and routed.model.training
+
+
+def test_counts_follow_a_model_state_that_was_loaded_without_the_handles():
+    (model, _, handle), (other, *_) = start("static", every=None), start("static", every=None, density=0.5)
+    assert handle.density == 0.25
+    model.load_state_dict(other.state_dict())
+    assert handle.density == 0.5 == handle.report().density
+
+
+def test_data_are_read_for_methods_that_need_them_only():
+    def read():
+        pytest.fail("the data were read")
+        yield
+
+    assert gossamer.attach(net(), "static", density=0.25, data=read()).density == 0.25

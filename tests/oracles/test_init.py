@@ -434,6 +434,13 @@ def test_only_the_densities_are_taken_as_an_allocation():
     gossamer.prune(model, "random", density=0.2, allocation="global_magnitude")
     kept = gossamer.attach(net(), "global_magnitude", density=0.2).report()
     assert [int((model[int(r.name)].weight != 0).sum()) for r in kept] == [r.kept for r in kept]
+    model = net()
+    gossamer.prune(model, "random", density=0.2, allocation="snip", **shown)
+    assert {n: int((model[int(n)].weight != 0).sum()) for n in SIZES} == want
+    with pytest.raises(CalibrationError, match="pass data="):
+        gossamer.prune(net(), "random", density=0.2, allocation="snip")
+    with pytest.raises(TargetError, match="no allocation"):
+        gossamer.attach(net(), "static", density=0.2, allocation="rigl")
     with pytest.raises(CalibrationError, match="pass data="):
         gossamer.attach(net(), "static", density=0.2, allocation="snip")
     with pytest.raises(TargetError, match="no allocation"):
@@ -505,3 +512,27 @@ def test_what_cannot_be_is_refused_in_words():
         get_method("synflow")(pattern=pattern("2:4"))
     with pytest.raises(BudgetError, match="temperature"):
         get_method("grasp")(temperature=0.0)
+
+
+@pytest.mark.parametrize("method", ["snip", "grasp", "synflow"])
+def test_a_model_may_be_one_layer(method):
+    torch.manual_seed(0)
+    shown = {"data": (torch.randn(5, 6), torch.randn(5, 4)), "loss": functional.mse_loss}
+    assert gossamer.attach(nn.Linear(6, 4), method, density=0.5, **shown).density == 0.5
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.layer(x)
+
+
+def test_whole_numbers_that_a_model_keeps_are_left_as_they_were():
+    model = Counting()
+    gossamer.attach(model, "synflow", density=0.5, data=torch.ones(1, 4))
+    assert model.calls == 0

@@ -112,16 +112,28 @@ def test_random_lots_are_uniform_and_salted():
     assert float(kept.max()) < 50  # expected 20 of 200, so no entry is favoured
 
 
-@pytest.mark.parametrize("total, begin, every", [(1000, 0, 100), (90, 7, 13)])
-def test_gradual_ramp_is_the_formula_of_zhu_and_gupta(total, begin, every):
-    sparsifier = build("gradual_magnitude", density=0.1, total_steps=total, begin=begin, every=every)
+@pytest.mark.parametrize("begin, end, every", [(0, 1000, 100), (7, 97, 13)])
+def test_gradual_ramp_is_the_formula_of_zhu_and_gupta(begin, end, every):
+    how = {"total_steps": 2 * end, "begin": begin, "until": end, "every": every}
+    sparsifier = build("gradual_magnitude", density=0.1, **how)
     w = weight(10, 100, 0)
-    for t in range(begin, begin + total + 1, every):
-        s = 0.9 + (0.0 - 0.9) * (1 - (t - begin) / total) ** 3
+    for t in range(begin, end + 1, every):
+        s = 0.9 + (0.0 - 0.9) * (1 - (t - begin) / (end - begin)) ** 3
         assert sparsifier.policy.due(t)
         assert sparsifier.apply(w, {}, step=t)[1].count == math.floor((1 - s) * 1000 + 0.5)
-    assert sparsifier.policy.due(begin + total) and not sparsifier.policy.due(begin + total + every)
-    assert sparsifier.apply(w, {}, step=begin + total)[1].count == 100
+    assert sparsifier.policy.due(end) and not sparsifier.policy.due(end + every)
+    assert sparsifier.apply(w, {}, step=end)[1].count == 100
+
+
+@pytest.mark.parametrize("name", ["gradual_magnitude", "fast_sparse_convnets"])
+def test_a_ramp_ends_within_the_run_and_leaves_a_quarter_of_it(name):
+    rule = build(name, density=0.1, total_steps=1000, begin=300)
+    assert rule.policy.due(750) and not any(rule.policy.due(t) for t in range(751, 1001))
+    assert (rule.budget.d(300), rule.budget.d(750)) == (1.0, 0.1)
+    with pytest.raises(BudgetError, match="begin < until"):
+        build(name, total_steps=1000, begin=750)
+    with pytest.raises(BudgetError, match="run ends at 1000"):
+        build(name, total_steps=1000, until=1001)
 
 
 def test_an_allocation_moves_the_end_of_a_ramp_and_keeps_the_ramp():

@@ -199,6 +199,11 @@ def test_stages_are_what_the_official_code_printed(spec, begin, until, printed):
     assert dict(rule.budget.k.changes) == printed and rule.budget.k(0) == rule.pattern.pool_size
 
 
+def test_a_stage_begins_on_its_step_however_seldom_the_support_is_chosen():
+    rule = get_method("decaying_structure")(pattern="1:8", total_steps=400, every=150)
+    assert [t for t in range(401) if rule.policy.due(t)] == [0, 100, 150, 200, 300]
+
+
 def test_odd_ratios_come_to_n_at_last():
     stages = lambda spec: dict(get_method("decaying_structure")(pattern=spec, total_steps=30).budget.k.changes)
     assert stages("3:8") == {0: 7, 10: 4, 20: 3} and stages("1:2") == {0: 1} and stages("4:4") == {0: 4}

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from gossamer.attach import hold
 from gossamer.core import Support
-from gossamer.core.errors import BudgetError, CalibrationError, TargetError
+from gossamer.core.errors import BudgetError, CalibrationError, TargetError, UnknownName
 from gossamer.recipes.batch_norm import reestimate_batch_norms
 from gossamer.recipes.cycles import shrinking
 from gossamer.recipes.lottery_ticket import lottery_ticket
@@ -130,12 +130,33 @@ def test_a_training_that_never_steps_is_refused():
     assert not hasattr(model[0], "parametrizations")
 
 
-@pytest.mark.parametrize("average", ["uniform", "greedy"])
-def test_a_soup_is_what_the_loop_by_hand_cooks(average):
-    model = network()
+def averaged(model: nn.Module, states: list[dict], inside: tuple[int, ...]) -> nn.Module:
+    model.load_state_dict({k: torch.stack([states[i][k] for i in inside]).mean(0) for k in states[0]})
+    return model
+
+
+def picked(model: nn.Module, states: list[dict], value) -> tuple[int, ...]:
+    """The greedy loop: from the best down, a member stays where the soup is worth no less with it than without."""
+    alone = [value(averaged(model, states, (i,))) for i in range(len(states))]
+    inside: tuple[int, ...] = ()
+    for i in sorted(range(len(states)), key=lambda i: -alone[i]):
+        if not inside or value(averaged(model, states, (*inside, i))) >= value(averaged(model, states, inside)):
+            inside = (*inside, i)
+    return inside
+
+
+VALUES = {
+    "loss": lambda m: -functional.cross_entropy(m(batch(99)[0]), batch(99)[1]).item(),
+    "one sum": lambda m: m[0].weight.double().sum().item(),  # linear: no average beats its best member
+    "all alike": lambda m: 1.0,  # no member makes it worse
+}
+
+
+@pytest.mark.parametrize("average, worth", [("uniform", "loss"), *(("greedy", name) for name in VALUES)])
+def test_a_soup_is_what_the_loop_by_hand_cooks(average, worth):
+    model, value = network(), VALUES[worth]
     train(model, type("Dense", (), {"steps": 0, "step": lambda self: None})())
     twin = copy.deepcopy(model)
-    value = lambda m: -functional.cross_entropy(m(batch(99)[0]), batch(99)[1]).item()
     soup = sparse_soup(model, train, density=0.36, phases=2, members=3, average=average, evaluate=value)
     masks = None
     for number, density in enumerate((0.6, 0.36)):
@@ -145,16 +166,27 @@ def test_a_soup_is_what_the_loop_by_hand_cooks(average):
             twin.load_state_dict(start)
             by_hand(twin, masks, 0, member)
             states.append(copy.deepcopy(twin.state_dict()))
-        inside = soup.phases[number].chosen
-        assert set(inside) == {0, 1, 2} if average == "uniform" else len(inside) >= 1
-        twin.load_state_dict({k: torch.stack([states[i][k] for i in inside]).mean(0) for k in start})
-        values = soup.phases[number].values
-        assert values[-1] == pytest.approx(value(twin), abs=1e-5)
-        if average == "greedy":
-            assert values[-1] >= max(values[:-1]) - 1e-6
+        inside = (0, 1, 2) if average == "uniform" else picked(twin, states, value)
+        assert soup.phases[number].chosen == inside
+        assert worth != "one sum" or len(inside) == 1
+        assert worth != "all alike" or inside == (0, 1, 2)
+        averaged(twin, states, inside)
+        assert soup.phases[number].values[-1] == pytest.approx(value(twin), abs=1e-5)
     torch.testing.assert_close(dict(model.state_dict()), dict(twin.state_dict()))
     kept = sum(s.count for s in soup.supports.values())
     assert kept == round(0.36 * 100) and sum(int((m.weight != 0).sum()) for m in (model[0], model[2])) == kept
+
+
+@pytest.mark.parametrize("method", ["magnitud", "rigl", "snip", "wanda", "sparsegpt", "topkast", "bdwp"])
+def test_what_loops_cannot_do_is_refused_before_anything_is_trained(method):
+    never = lambda *_: pytest.fail("it was trained")
+    error = UnknownName if method == "magnitud" else TargetError
+    with pytest.raises(error, match="magnitude"):
+        lottery_ticket(network(), never, density=0.5, method=method)
+    with pytest.raises(error, match="magnitude"):
+        sparse_soup(network(), never, density=0.5, method=method)
+    with pytest.raises(BudgetError, match="from 0 on, got -1"):
+        lottery_ticket(network(), never, density=0.5, rewind_to=-1)
 
 
 def test_a_soup_takes_new_statistics_for_its_batch_norms():
@@ -181,6 +213,8 @@ def test_batch_norms_average_batches_and_keep_their_ways():
     assert model[1].momentum == 0.2 and model.training and model[2].training
     with pytest.raises(CalibrationError):
         reestimate_batch_norms(model, [])
+    plain = nn.Linear(6, 3)
+    assert reestimate_batch_norms(plain, (pytest.fail("it was run") for _ in range(1))) is plain
 
 
 def test_supports_of_another_shape_or_layer_are_refused():

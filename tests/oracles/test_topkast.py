@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 import gossamer
-from gossamer.core import Explore, get_method
+from gossamer.core import Explore, Support, get_method
 from gossamer.core.errors import BudgetError, TargetError
 
 
@@ -234,3 +235,41 @@ def test_what_cannot_be_is_refused_in_words():
     with pytest.raises(TargetError, match="closure"):
         opt.step(lambda: functional.mse_loss(model(batch(0)[0]), batch(0)[1]))
     assert handle.density == pytest.approx(0.2, abs=0.01)
+
+
+def test_whatever_is_kept_learns_however_it_was_chosen():
+    opt, handle = start(net(), pattern="4-row", regroup=True)  # A and B group the rows in different ways
+    inside = lambda: all(s <= handle.learning()[n] for n, s in handle.supports().items())
+    assert inside()
+    dormant = {n: Support(~s.kept) for n, s in handle.learning().items()}
+    handle.take(dormant)
+    assert handle.supports() == dormant and inside()
+    narrow = replace(get_method("topkast")(density=0.5), explore=Explore(0.2))
+    with pytest.raises(BudgetError, match="as much or more"):
+        gossamer.attach(net(), narrow, optimizer=opt)
+
+
+def test_a_layer_that_an_allocation_empties_rests():
+    model = net()
+    with torch.no_grad():
+        model[0].weight.mul_(1e-9)
+    opt, handle = start(model, allocation="snip", data=batch(0), loss=functional.mse_loss)
+    assert handle.report().collapsed == ("0",)
+    before = model[0].parametrizations.weight.original.detach().clone()
+    train(model, opt, handle, range(4))
+    assert torch.equal(model[0].parametrizations.weight.original, before) and handle.supports()["2"].count == 96
+
+
+def test_counts_of_what_learns_follow_a_state_that_was_loaded():
+    model, other = net(), net()
+    _, handle = start(model)
+    start(other, density=0.1, backward_density=0.3)
+    assert handle._learning() == {"0": 144, "2": 96}
+    model.load_state_dict(other.state_dict())
+    assert handle._learning() == {n: s.count for n, s in handle.learning().items()} == {"0": 86, "2": 58}
+
+
+def test_an_optimizer_that_was_promised_is_asked_for_at_the_first_step():
+    handle = gossamer.attach(net(), "topkast", density=0.2, optimizer="later")
+    with pytest.raises(TargetError, match=r"handle\.follow"):
+        handle.step()

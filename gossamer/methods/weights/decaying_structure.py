@@ -22,7 +22,7 @@ def decaying_structure(
         pattern: "N:M", N kept at the end of M neighbouring inputs.
         begin: last dense step. Unit: optimizer steps.
         until: end of the last stage, whose N then stays; the run's end unless given. Unit: optimizer steps.
-        every: steps between choices of the support. Unit: optimizer steps.
+        every: steps between choices of the support, which is also chosen when a stage begins. Unit: optimizer steps.
 
     Raises:
         PatternError: the pattern is no N:M.
@@ -55,7 +55,7 @@ def decaying_structure(
         pattern=who,
         budget=Keep(Step(size, tuple(zip(starts, stages)))),
         shrink=straight_through,
-        policy=Always(every),
+        policy=Always(every, at=tuple(starts)),
         name="decaying_structure",
     )
 

@@ -13,7 +13,13 @@ from .gradual_magnitude import gradual_magnitude
 
 @method("fast_sparse_convnets", paper="arXiv:1911.09723", row="P006")
 def fast_sparse_convnets(
-    *, density: float = 0.1, total_steps: int, begin: int = 0, every: int = 100, pattern: str | Pattern = "unstructured"
+    *,
+    density: float = 0.1,
+    total_steps: int,
+    begin: int = 0,
+    until: int | None = None,
+    every: int = 100,
+    pattern: str | Pattern = "unstructured",
 ) -> Sparsifier:
     """Cut the smallest |w| of 1x1 convolutions along a cubic ramp; first layer, depthwise filters and classifier stay.
 
@@ -22,13 +28,14 @@ def fast_sparse_convnets(
 
     Args:
         density: fraction kept at the end of the ramp, 0 to 1; 0.1 to 0.2 in the paper.
-        total_steps: length of the ramp. Unit: optimizer steps.
+        total_steps: length of the run. Unit: optimizer steps.
         begin: first step of the ramp. Unit: optimizer steps.
+        until: its last step; 3/4 of the run unless given. Unit: optimizer steps.
         every: steps between cuts, at least 1.
         pattern: "unstructured", or rows in groups for late layers.
 
     Raises:
-        BudgetError: a density outside 0 to 1, or a pattern that fixes its own.
+        BudgetError: a density outside 0 to 1, a pattern that fixes its own, or a ramp that does not fit into the run.
 
     Example:
         >>> early, late = pointwise(model)[:20], pointwise(model)[20:]  # doctest: +SKIP
@@ -40,7 +47,9 @@ def fast_sparse_convnets(
     Departs from: the ramp's length is yours to choose, the paper trains on ImageNet for hundreds of thousands of steps;
         counts are exact per layer.
     """
-    ramp = gradual_magnitude(density=density, total_steps=total_steps, begin=begin, every=every, pattern=pattern)
+    ramp = gradual_magnitude(
+        density=density, total_steps=total_steps, begin=begin, until=until, every=every, pattern=pattern
+    )
     return replace(ramp, name="fast_sparse_convnets")
 
 
