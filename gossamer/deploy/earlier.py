@@ -26,6 +26,8 @@ def measured_or_recalled(
 ) -> tuple[Measured, bool]:
     """The trials of one layer, and whether they were measured earlier.
 
+    Only times on the CPU are kept: `tuning.machine` names no other device, and `timing` does not wait for one.
+
     Args:
         look: what layers that share a measurement have in common.
         work: as for `measure`.
@@ -34,11 +36,12 @@ def measured_or_recalled(
         cold: as for `measure`.
         remeasure: measure in any case, and remember the new times.
     """
+    if work.device.type != "cpu":
+        return measure(work, candidates, repeats, cold=cold), False
     names = list(dict.fromkeys(map(str, candidates)))
     key = {
         "look": str(look),
         "candidates": names,
-        "device": str(work.device),
         "repeats": repeats,
         "cold": cold,
         "threads": torch.get_num_threads(),

@@ -116,7 +116,7 @@ class _Packing:
     ) -> None:
         self.model, self.examples, self.specs = model, examples, candidates
         self.repeats, self.min_gain, self.remeasure, self.progress = repeats, min_gain, remeasure, progress
-        self.known: dict[Look, tuple[str, Measured, bool]] = {}
+        self.known: dict[tuple[Look, tuple[Candidate, ...]], tuple[str, Measured, bool]] = {}
         self.lines: list[PackedLayer] = []
         self.skipped: list[tuple[str, str]] = []
         self.fused: list[tuple[str, str]] = []
@@ -229,12 +229,14 @@ class _Packing:
     def _measured(
         self, layer: Layer, look: Look, work: Work, allowed: tuple[Candidate, ...]
     ) -> tuple[str | None, Measured, bool]:
-        if look in self.known:
-            return self.known[look]
+        # Densities that round to one percent may lie on both sides of what makes sparse candidates worth measuring.
+        key = look, allowed
+        if key in self.known:
+            return self.known[key]
         measured, earlier = measured_or_recalled(
             look, work, (*work.dense, *allowed), self.repeats, cold=self.cold, remeasure=self.remeasure
         )
-        self.known[look] = (layer.name, measured, earlier)
+        self.known[key] = (layer.name, measured, earlier)
         return None, measured, earlier
 
     def _swap(self, layer: Layer, winner: Candidate, fusion: Fusion | None, work: Work) -> int:

@@ -109,7 +109,7 @@ _sweeper: list[Tensor] = []
 def _evict() -> None:
     """Write over twice the cache."""
     if not _sweeper:
-        _sweeper.append(torch.zeros(2 * last_level_cache() // 4))
+        _sweeper.append(torch.zeros(2 * last_level_cache() // 4, dtype=torch.float32))
     _sweeper[0].add_(1.0)
 
 

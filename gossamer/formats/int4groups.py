@@ -159,7 +159,7 @@ class Int4Groups(Format):
 
     def to_dense(self) -> Tensor:
         """The dequantised matrix [M, K], float32."""
-        out = torch.zeros(self.rows * self.grid[1], device=self.device)
+        out = torch.zeros(self.rows * self.grid[1], dtype=torch.float32, device=self.device)
         out.scatter_(0, self.slots().reshape(-1), self.entries().reshape(-1))
         return out.view(self.grid)[:, : self.cols].contiguous()
 

@@ -3,6 +3,8 @@
 One small JSON file per question, `<cache>/tunings/<machine>/<kind>-<digest of the key>.json`, written whole or not at
 all, so that processes need no lock: the last writer wins, and a reader sees one answer or the other. A file that cannot
 be read, or that answers another question, counts as not there. `GOSSAMER_TUNING=0` switches all of it off.
+
+Times on the CPU only: `machine` names no other device, so whoever measures on one does not remember it here.
 """
 
 from __future__ import annotations

@@ -100,14 +100,8 @@ class Captured:
         return None
 
     def decides(self, call: Call) -> str | None:
-        """What about the sizes of a call would make the model take another way; None when nothing does."""
-        if self.guards is None:
-            return None
-        try:
-            self.guards(*_flat(call))
-        except AssertionError as error:
-            return f"the model takes another way for these sizes ({error})"
-        return None
+        """What about the sizes of a call may make the model take another way; None when nothing does."""
+        return _broken(self.guards, call)
 
     def _fits(self, sizes: dict[str, int]):
         def fits(got: int, want: int | str) -> bool:
@@ -129,7 +123,7 @@ def capture(model: nn.Module, call: Call) -> Captured:
     """
     if not call.tensors:
         raise CaptureError(f"the example of {type(model).__name__} holds no tensor; compile with the tensors it takes")
-    exported, followed = _export(model, call)
+    exported, followed, guards = _export(model, call)
     if (reason := unfit(exported)) is not None:
         raise CaptureError(f"{type(model).__name__} {reason}; run it layer by layer, as `pack` leaves it")
     inputs, constants = [], {}
@@ -149,7 +143,7 @@ def capture(model: nn.Module, call: Call) -> Captured:
         ranges=_ranges(exported),
         call=followed,
         out_spec=exported.call_spec.out_spec,
-        guards=_guards(exported),
+        guards=guards,
     )
 
 
@@ -165,7 +159,7 @@ class _Whole(nn.Module):
 
 
 def _export(model: nn.Module, call: Call):
-    """The exported program and the call that was followed: with open sizes where the model leaves any."""
+    """The exported program, the call that was followed, with open sizes where the model leaves any, and the guards."""
     reason = ""
     for followed, opened in ((_stretched(call), True), (call, True), (call, False)):
         args, kwargs = followed.arguments()
@@ -175,11 +169,12 @@ def _export(model: nn.Module, call: Call):
                 exported = torch.export.export(_Whole(model).eval(), (args, kwargs), dynamic_shapes=sizes)
                 # Without any decomposition asked for, this only takes operators that write in place out.
                 exported = exported.run_decompositions({})
+                guards = getattr(exported.module(), "_guards_fn", None)
         except Exception as error:  # a tracer over foreign code may fail in any way
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             continue
-        if _serves(exported, call):
-            return exported, call
+        if _serves(exported, call) and _broken(guards, call) is None:
+            return exported, call, guards
         reason = "a size that it fixes was stretched"
     raise CaptureError(f"{type(model).__name__} cannot be followed as one graph: {reason}")
 
@@ -224,17 +219,14 @@ def _ranges(exported) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _guards(exported) -> Callable[..., object] | None:
-    """What the model decided by its sizes, as a function that raises AssertionError for others."""
-    if found := getattr(exported, "_guards_code", None):
-        # That two sizes differ is what the exporter's own shortcuts note, for a table used to its end, say.
-        found[:] = [guard for guard in found if "!=" not in guard]
-    return getattr(exported.module(), "_guards_fn", None)
-
-
-def _flat(call: Call) -> list[object]:
-    """All values of a call, as the exporter's guards take them."""
-    return pytree.tree_leaves(call.arguments())
+def _broken(guards: Callable[..., object] | None, call: Call) -> str | None:
+    """The guard that a call breaks, in words; None when it keeps all."""
+    try:
+        if guards is not None:
+            guards(*pytree.tree_leaves(call.arguments()))
+    except AssertionError as error:
+        return f"the model takes another way for these sizes ({error})"
+    return None
 
 
 def _constant(exported, target: str) -> Tensor:

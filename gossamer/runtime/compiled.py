@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,10 @@ from .weights import Weights
 
 # Plans kept at rest per set of shapes, sets of shapes, and bytes of all plans: each owns memory for its activations.
 MOST_AT_REST, MOST_SHAPES, MOST_BYTES = 4, 32, 1 << 30
+# Networks followed anew for sizes that may take another way: each owns the forms of its weights.
+MOST_WAYS = 4
+# Compiles the same model on another call.
+Another = Callable[[Call], "Compiled"]
 # Plans whose runs are this short are tried on one thread, too.
 SHORT_SECONDS = 5e-3
 
@@ -39,10 +44,11 @@ def compile(model: nn.Module, example: Example, *, remeasure: bool = False) -> C
     residual sums are part of the products; attention, norms and pooling are kernels on the same layout. What has no
     kernel here is called as torch has it. Each product measures which form of its weight is fastest on the shapes
     it meets, and the machine remembers it. Sizes that the model leaves open, batch and length, stay open; a plan is
-    made for each set of sizes that comes by.
+    made for each set of sizes that comes by. Where a size was only seen not to be some number, or no multiple of one,
+    the model is followed anew at calls for which it is.
 
     Args:
-        model: pruned (zeros in its weights) or packed; it is not changed, and later changes to it are not seen.
+        model: pruned (zeros in its weights) or packed; it is not changed. Compile again once it has changed.
         example: one call of the model, as for `pack`.
         remeasure: measure also what this machine remembers, as every benchmark must.
 
@@ -65,11 +71,16 @@ def compile(model: nn.Module, example: Example, *, remeasure: bool = False) -> C
     need_kernels("compile", "run the model as pack leaves it, layer by layer, or as it is")
     call = Call.of_example(example)
     _need_cpu(model, call)
+    return _followed(model, remeasure, call, another=partial(_followed, model, remeasure))
+
+
+def _followed(model: nn.Module, remeasure: bool, call: Call, another: Another | None = None) -> Compiled:
+    """The model compiled on a call, and checked on it."""
     model = _plain(model)
     args, kwargs = call.arguments()
     with torch.no_grad():
         want = list(tensors(model(*args, **kwargs)))
-    compiled = Compiled(capture(model, call), type(model).__name__, remeasure=remeasure)
+    compiled = Compiled(capture(model, call), type(model).__name__, remeasure=remeasure, another=another)
     got = list(tensors(compiled(*args, **kwargs)))
     off = difference(got, want)
     if off > 10 * TOLERANCE[torch.float32]:
@@ -97,9 +108,12 @@ def _need_cpu(model: nn.Module, call: Call) -> None:
 class Compiled(nn.Module):
     """A network followed as a whole; made by `compile`. Calls may come from several threads at once."""
 
-    def __init__(self, captured: Captured, name: str, *, remeasure: bool = False) -> None:
+    def __init__(
+        self, captured: Captured, name: str, *, remeasure: bool = False, another: Another | None = None
+    ) -> None:
         super().__init__()
         self.captured, self.name, self.remeasure = captured, name, remeasure
+        self._another, self._ways, self._following = another, [], threading.Lock()
         self.passes = simplify(captured.graph, captured.constants)
         self._weights: dict[int, Weights] = {}
         self._threads: dict[tuple, int] = {}
@@ -129,13 +143,13 @@ class Compiled(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> object:
         call = Call.of(args, kwargs)
-        key, plan = self._taken(call)
+        way, key, plan = self._taken(call)
         with torch.no_grad():
             outputs = plan.run(call.tensors)
-        self._shelf.put(key, plan)
-        return pytree.tree_unflatten(outputs, self.captured.out_spec)
+        way._shelf.put(key, plan)
+        return pytree.tree_unflatten(outputs, way.captured.out_spec)
 
-    def _taken(self, call: Call) -> tuple[tuple, Plan]:
+    def _taken(self, call: Call) -> tuple[Compiled, tuple, Plan]:
         """A plan that serves a call and that nobody else runs, and where to put it back."""
         self._check(self.captured.refuse(call))
         # Expanded tensors are a case of their own: a plan may rely on one value standing for a whole axis.
@@ -143,10 +157,26 @@ class Compiled(nn.Module):
         key = (torch.get_num_threads(), layouts)
         plan = self._shelf.take(key)
         if plan is None:
-            self._check(self.captured.decides(call))
+            if (reason := self.captured.decides(call)) is not None:
+                return self._other_way(call, reason)._taken(call)
             with torch.no_grad():
                 plan = self._fastest(key, call.tensors)
-        return key, plan
+        return self, key, plan
+
+    def _other_way(self, call: Call, reason: str) -> Compiled:
+        """The model followed anew on a call, where all that is known of its sizes is that they may make a difference.
+
+        That a size is not some number is noted for a branch not taken, and by the exporter for a table not used to
+        its end, where nothing depends on it; looking again is what tells them apart.
+        """
+        with self._following:
+            for way in self._ways:
+                if way.captured.refuse(call) is None and way.captured.decides(call) is None:
+                    return way
+            if "!=" not in reason or self._another is None or len(self._ways) == MOST_WAYS:
+                self._check(reason)
+            self._ways.append(self._another(call))
+            return self._ways[-1]
 
     def _check(self, reason: str | None) -> None:
         if reason is not None:
@@ -197,7 +227,7 @@ class Compiled(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of the weights as laid out."""
-        return sum(w.nbytes for w in self._weights.values())
+        return sum(w.nbytes for way in (self, *self._ways) for w in way._weights.values())
 
     def _choices(self) -> list[str]:
         """How the forms of the weights were found, where there was something to choose."""
@@ -208,13 +238,13 @@ class Compiled(nn.Module):
     def explain(self, example: Example) -> str:
         """The plan for a call like this one, and where its time goes."""
         call = Call.of_example(example)
-        key, plan = self._taken(call)
+        way, key, plan = self._taken(call)
         with torch.no_grad():
             timed = plan.profile(call.tensors)
-        self._shelf.put(key, plan)
+        way._shelf.put(key, plan)
         total = sum(ms for _, ms in timed)
-        lines = [f"{self.name}: {len(timed)} steps, {total:.3f} ms, {plan.nbytes / 1e6:.1f} MB of activations"]
-        lines += self._choices()
+        lines = [f"{self.name}: {len(timed)} steps, {total:.3f} ms, {plan.arena.nbytes / 1e6:.1f} MB of activations"]
+        lines += way._choices()
         lines += [f"  {ms:8.4f} ms {ms / total:6.1%}  {step.name:<48} {step.kernel}" for step, ms in timed]
         return "\n".join(lines)
 

@@ -17,7 +17,7 @@ from gossamer.core.errors import DispatchError, GossamerError
 from gossamer.formats import Format, Int4Groups, TileBitmask
 from gossamer.kernels.cpu.int4decode import Int4Product
 from gossamer.kernels.cpu.launch import Launch
-from gossamer.kernels.cpu.memory import large_pages
+from gossamer.kernels.cpu.memory import floats, large_pages
 from gossamer.kernels.cpu.tiledecode import TileProduct
 from gossamer.kernels.cpu.trial import need_kernels
 from gossamer.nn import PackedLinear
@@ -77,7 +77,7 @@ def stack(parts: Sequence[Int4Groups]) -> Int4Groups:
 def _biases(layers: Sequence[nn.Module]) -> Tensor | None:
     if all(layer.bias is None for layer in layers):
         return None
-    shifts = (torch.zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers)
+    shifts = (floats(layer.out_features).zero_() if layer.bias is None else layer.bias for layer in layers)
     return torch.cat([shift.detach().float() for shift in shifts])
 
 
@@ -131,7 +131,7 @@ class Decoder:
         width = config.hidden_size
         self._where = torch.zeros(1, dtype=torch.int64)
         self._eps = torch.tensor([config.rms_norm_eps], dtype=torch.float32)
-        self._x_D, self._logits_V = torch.zeros(width), torch.empty(self.vocabulary)
+        self._x_D, self._logits_V = floats(width).zero_(), floats(self.vocabulary)
         self._embedding_VD = model.get_input_embeddings().weight.detach()
         turns = _turns(model.model.rotary_emb, self.max_tokens)
         self._layers = [_Layer(layer, config, self, turns, dtype) for layer in model.model.layers]
@@ -252,11 +252,11 @@ class _Layer:
         norms = layer.input_layernorm, layer.post_attention_layernorm
         self.norms = [norm.weight.detach().float().clone() for norm in norms]
         self.scale = torch.tensor([attention.scaling], dtype=torch.float32)
-        kept = self.key_heads, self.head_width, decoder.max_tokens
-        self.keys_NdS, self.values_NSd = torch.zeros(kept), torch.zeros(kept[0], kept[2], kept[1])
+        n, d, most = self.key_heads, self.head_width, decoder.max_tokens
+        self.keys_NdS, self.values_NSd = floats(n, d, most).zero_(), floats(n, most, d).zero_()
         # One set of buffers would do for all layers; they are small, and so each layer stands for itself.
         self.buffers = [torch.zeros(product.stored.cols, dtype=product.stored.dtype) for product in self.products]
-        self.rows = torch.zeros(self.qkv.stored.rows), torch.zeros(self.gate_up.stored.rows)
+        self.rows = floats(self.qkv.stored.rows).zero_(), floats(self.gate_up.stored.rows).zero_()
 
     def calls(self) -> Calls:
         from gossamer.kernels.cpu.step import plan_attend, plan_gate, plan_norm

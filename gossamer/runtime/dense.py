@@ -9,6 +9,7 @@ import torch
 
 from ..formats import Dense
 from ..kernels.cpu.elementwise import plan_elementwise
+from ..kernels.cpu.memory import floats
 from ..kernels.cpu.tokens import plan_panels_to_rows, plan_rows_to_panels
 from ..kernels.dense import FUSED, onednn_refusal
 from ..kernels.dispatch import Plan, resolve
@@ -32,6 +33,11 @@ class DenseProduct:
         self.plan: Plan = resolve(Dense.from_dense(weights.w_MK), tokens=positions, backend="onednn")
         self.bias, self.activation = op.bias, activation
 
+    @property
+    def nbytes(self) -> int:
+        """Of the weight as oneDNN re-ordered it for this number of positions."""
+        return self.plan.extra_nbytes
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         y = self.plan.run(x.flatten(0, -2), self.bias, self.activation)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -52,7 +58,7 @@ def way(op: Product, weights: Weights, layout: Tokens, x: Buffer, y: Buffer, thr
     back = plan_rows_to_panels(layout.sequences, layout.positions, features, threads=threads)
 
     def run() -> None:
-        rows = torch.empty(layout.shape)
+        rows = floats(*layout.shape)
         there.run(x.address, rows.data_ptr())
         done = product(rows)  # named, for it must outlive the call that reads its address
         back.run(done.data_ptr(), out)

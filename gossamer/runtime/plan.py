@@ -8,7 +8,7 @@ panels' memory is planned, and a replay is the list of what is left.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,10 +16,13 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..kernels.cpu.launch import Launch
+from ..kernels.cpu.memory import floats
+from .dense import DenseProduct
 from .layouts import Layout
 from .memory import ALIGN, Buffer, assign
 from .operators import Operator
 from .sequence import NativeSequence, Place, opening, scratch_needed
+from .weights import Form
 
 ATEN = torch.ops.aten
 _UNKNOWN = object()
@@ -109,7 +112,7 @@ class Recorder:
 
     def buffer(self, layout: Layout) -> Buffer:
         """Memory for one activation; zeros while recording, so that padding lanes are finite."""
-        memory = torch.zeros(layout.nbytes // 4 + ALIGN // 4, dtype=torch.float32)
+        memory = floats(layout.nbytes // 4 + ALIGN // 4).zero_()
         buffer = Buffer(layout.nbytes, keep=memory)
         buffer.address = -(-memory.data_ptr() // ALIGN) * ALIGN
         self.buffers.append(buffer)
@@ -140,7 +143,7 @@ class Recorder:
         """Add a kernel call that writes a new tensor of this shape from panels."""
         out = self.slot()
         self._add(_Draft(name, "to rows", launch=launch, operands=(source, out), out=out, shape=shape))
-        tensor = torch.empty(shape)
+        tensor = floats(*shape)
         self.env[out.index] = tensor
         launch.run(source.address, tensor.data_ptr())
         return out
@@ -252,6 +255,10 @@ class Plan:
         tensors: the call to record.
         threads: as torch's setting.
         lowerings: as for `Recorder`.
+
+    Attributes:
+        arena: memory of all activations in panels.
+        nbytes: what the plan holds beside weights and their forms.
     """
 
     def __init__(
@@ -276,16 +283,16 @@ class Plan:
                 _forget_inputs(rec, node, left)
         rec.drafts = _needed(rec.drafts, self.outputs)
         self.inputs, self.size, self.keep = [slots[n].index for n in inputs], len(rec.env), rec.keep
-        self.nbytes = assign(rec.buffers)
         # Zeros: lanes beyond the last position hold finite numbers whatever was there before.
-        self.arena = torch.zeros(self.nbytes + ALIGN, dtype=torch.uint8)
+        self.arena = torch.zeros(assign(rec.buffers) + ALIGN, dtype=torch.uint8, device="cpu")
         base = -(-self.arena.data_ptr() // ALIGN) * ALIGN
         for buffer in rec.buffers:
             buffer.address, buffer.keep = base + buffer.offset, None
         self.steps = [Step(d.name, d.kernel, _bound(d)) for d in rec.drafts]
         scratch = max((scratch_needed(d.launch, threads) for d in rec.drafts if d.launch), default=0)
-        self.scratch = torch.empty(scratch + ALIGN, dtype=torch.uint8)
+        self.scratch = torch.empty(scratch + ALIGN, dtype=torch.uint8, device="cpu")
         self.program = _program(rec.drafts, -(-self.scratch.data_ptr() // ALIGN) * ALIGN, threads)
+        self.nbytes = self.arena.nbytes + self.scratch.nbytes + _own_bytes(rec, constants)
 
     @staticmethod
     def _output(rec: Recorder, leaf: object, given: set[int]) -> object:
@@ -344,6 +351,20 @@ def _needed(drafts: list[_Draft], outputs: Sequence[object]) -> list[_Draft]:
         wanted |= {x.index for x in read if isinstance(x, Slot)}
         kept.append(draft)
     return kept[::-1]
+
+
+def _own_bytes(rec: Recorder, constants: dict[str, Tensor]) -> int:
+    """Bytes of what the steps read that only this plan has: tables and masks, not weights and their forms."""
+    shared = _storages([*constants.values(), *(x.stream.values_EG for x in rec.keep if isinstance(x, Form))])
+    read = [rec.keep, [d.arguments for d in rec.drafts], [d.launch.holds for d in rec.drafts if d.launch]]
+    own = [nbytes for at, nbytes in _storages(pytree.tree_leaves(read)).items() if at not in shared]
+    return sum(own) + sum(d.function.nbytes for d in rec.drafts if isinstance(d.function, DenseProduct))
+
+
+def _storages(found: Iterable[object]) -> dict[int, int]:
+    """Address and bytes of what ordinary tensors lie in."""
+    strided = [x.untyped_storage() for x in found if isinstance(x, Tensor) and x.layout is torch.strided]
+    return {s.data_ptr(): s.nbytes() for s in strided}
 
 
 def _program(drafts: list[_Draft], scratch_at: int, threads: int) -> list[Callable[[list], None]]:
@@ -406,7 +427,7 @@ def _function_step(function: Callable, arguments: tuple, out: int) -> Callable[[
 
 def _rows_step(run: Callable, source: int, out: int, shape: tuple[int, ...]) -> Callable[[list], None]:
     def step(env: list) -> None:
-        env[out] = tensor = torch.empty(shape)
+        env[out] = tensor = floats(*shape)
         run(source, tensor.data_ptr())
 
     return step

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-import torch
-
 from ..kernels.cpu.bands import MEET, SHARED, STEP_BYTES
 from ..kernels.cpu.conv_plan import GRAIN
 from ..kernels.cpu.launch import Launch
+from ..kernels.cpu.memory import floats
 from ..kernels.cpu.threads import team_size_at, thread_number_at
 
 # Counters and scratch address stand before the addresses of a block.
@@ -139,6 +138,6 @@ def opening(slot: int, shape: tuple[int, ...]) -> Callable[[list], None]:
     """Makes the tensor that a later call writes."""
 
     def step(env: list) -> None:
-        env[slot] = torch.empty(shape)
+        env[slot] = floats(*shape)
 
     return step

@@ -9,7 +9,7 @@ from .plan import Plan
 
 
 class Shelf:
-    """Plans by the call they serve. Where there is no more room, those used longest ago go.
+    """Plans by the call they serve. Where there is no more room, those of the key used longest ago go first.
 
     Args:
         each: plans kept of one key: so many callers at a time need no new ones.
@@ -45,6 +45,13 @@ class Shelf:
                 return
             resting.append(plan)
             self.nbytes += plan.nbytes
-            while len(self._plans) > 1 and (len(self._plans) > self.keys or self.nbytes > self.most):
-                oldest = self._plans.pop(next(iter(self._plans)))
-                self.nbytes -= sum(p.nbytes for p in oldest)
+            while len(self._plans) > self.keys or (self.nbytes > self.most and len(self) > 1):
+                self._make_room()
+
+    def _make_room(self) -> None:
+        """Drop one plan of the key used longest ago, and the key with its last one."""
+        oldest = next(iter(self._plans))
+        if resting := self._plans[oldest]:
+            self.nbytes -= resting.pop(0).nbytes
+        if not resting:
+            del self._plans[oldest]

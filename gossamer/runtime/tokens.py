@@ -105,6 +105,8 @@ def panel_product(
     if dense.worth_trying(op, weights, layout):
         others = {dense.NAME: partial(dense.way, op, weights, layout, x, y, rec.threads)}  # type: ignore[arg-type]
     size = (layout.panels, layout.width, layout.used, layout.used_last)
+    if others:  # dense products take the positions that are there, without those that fill up vectors
+        size += (layout.sequences, layout.positions)  # type: ignore[union-attr]
     form = weights.fastest((*size, op.activation, residual is not None, rec.threads), way, others)
     if not isinstance(form, Form):
         dense.record(rec, op, weights, source, layout, y, residual)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ class Form:
     """One way to hold a weight.
 
     Args:
-        name: for people, such as "rowgrouped(g=4)".
+        name: for people, such as "rowgrouped(g=4)" or "rowgrouped(g=4), re-ordered".
         stream: what the kernels read.
     """
 
@@ -73,9 +73,10 @@ class Weights:
         if self.density < MOSTLY_KEPT:
             for s in detect(self.w_MK):
                 inner = ", ".join(f"{k}={v}" for k, v in s.options)
+                order = ", re-ordered" if s.reordered else ""
                 build = partial(format_named(s.format).from_dense, **dict(s.options))
                 if group_rows_of(s.format, dict(s.options)) in (1, 2, 4, 8):
-                    makers[f"{s.format}({inner})"] = partial(self._stored, build)
+                    makers[f"{s.format}({inner}){order}"] = partial(self._stored, build)
             makers["csr"] = partial(self._stored, CSR.from_dense)
         if self.density > 0.25:
             makers[f"full(g={FULL})"] = self._full
@@ -85,7 +86,7 @@ class Weights:
         return lower(build(self.w_MK, support_of(self.w_MK)))
 
     def _full(self) -> Stream:
-        everything = torch.ones(self.w_MK.shape, dtype=torch.bool)
+        everything = torch.ones(self.w_MK.shape, dtype=torch.bool, device="cpu")
         return lower(RowGrouped.from_dense(self.w_MK, everything, g=FULL))
 
     def form(self, name: str) -> Form:

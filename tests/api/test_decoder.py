@@ -61,6 +61,19 @@ def test_every_logit_matches_the_model(shape, threads, monkeypatch):
     torch.testing.assert_close(got, wanted(model, ids), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torch_s_default_dtype_has_no_say(dtype):
+    model, ids = zero_half(llama()), prompt(12)
+    want = wanted(model, ids)
+    torch.set_default_dtype(dtype)
+    try:
+        made = decoder(model)
+        got = torch.stack([made.step(int(i)) for i in ids[0]])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
 def test_bfloat16_is_as_close_as_bfloat16_is():
     model, ids = zero_half(llama()), prompt()
     exact = wanted(model, ids)

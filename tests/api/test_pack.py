@@ -195,6 +195,16 @@ def test_automatic_choice_measures_checks_and_explains():
     assert "bitmask/cpu" not in tried and "tilebitmask" in {c.format for c in automatic(0.5, (), 1)}
 
 
+def test_layers_on_both_sides_of_ten_percent_do_not_share_what_is_tried():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval()
+    for layer, zeros in zip(net, (409, 410)):  # of 4096: both are 10 % when rounded
+        layer.weight.data.view(-1)[torch.randperm(4096)[:zeros]] = 0
+    few, more = report_of(gossamer.pack(net, torch.randn(32, 64), repeats=1)).layers
+    assert few.shared_with is None and more.shared_with is None
+    assert {t.candidate for t in more.trials} > {t.candidate for t in few.trials}
+
+
 def test_report_survives_json():
     report = report_of(gossamer.pack(prune(mlp()), torch.randn(8, 48), repeats=1))
     again = PackReport.from_dict(json.loads(json.dumps(report.to_dict())))

@@ -60,6 +60,14 @@ def turned(m, x):
     return q.transpose(1, 2).reshape(x.shape)
 
 
+def half_turned(m, x):
+    """A rotary turn with half its sines."""
+    q = heads(m.layer(x), 2)
+    d, cos, sin = q.shape[3] // 2, *(t[..., : x.shape[1], :] for t in (m.angles.cos(), m.angles.sin()))
+    q = torch.add(q * cos, torch.cat([-q[..., d:], q[..., :d]], -1) * sin, alpha=0.5)
+    return q.transpose(1, 2).reshape(x.shape)
+
+
 def same_padding(m, x):
     """Padding that depends on the image's size."""
     high, wide = (max((-(-size // 2) - 1) * 2 + 3 - size, 0) for size in x.shape[-2:])
@@ -80,6 +88,11 @@ def learned_queries(m, x):
 def bare_rms(m, x, keep: bool = True):
     y = m.layer(x)
     return m.gamma * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=keep) + 1e-5))
+
+
+def almost_gelu(x):
+    """The tanh form of GELU, but for a factor in its inner sum."""
+    return 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * torch.add(x, 0.044715 * torch.pow(x, 3.0), alpha=4)))
 
 
 def rows(*shape: int) -> tuple[torch.Tensor, ...]:
@@ -109,6 +122,16 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, list[tuple]]]] = {
     "RMS norm over the wrong axis": lambda: (
         Does(lambda m, x: bare_rms(m, x, keep=False), layer=nn.Linear(8, 8), gamma=parameter(8)), [rows(8, 8)],
     ),
+    "RMS norm with a multiple of eps": lambda: (
+        Does(
+            lambda m, x: m.gamma * (x * torch.rsqrt(torch.add(x.pow(2).mean(-1, keepdim=True), 0.5, alpha=3))),
+            gamma=parameter(8),
+        ),
+        [rows(2, 4, 8)],
+    ),
+    "GELU that is none": lambda: (
+        Does(lambda m, x: almost_gelu(m.layer(x)), layer=nn.Linear(8, 8)), [rows(2, 4, 8), rows(3, 5, 8)],
+    ),
     "RMS norm with one factor": lambda: (
         Does(bare_rms, layer=nn.Linear(8, 8), gamma=parameter(1)), [rows(2, 4, 8), rows(3, 5, 8)],
     ),
@@ -136,6 +159,10 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, list[tuple]]]] = {
     ),
     "angles that differ between halves": lambda: (
         Does(turned, layer=nn.Linear(16, 16), angles=torch.rand(1, 1, 64, 8)), [rows(2, 6, 16), rows(3, 9, 16)],
+    ),
+    "half a turn": lambda: (
+        Does(half_turned, layer=nn.Linear(16, 16), angles=torch.rand(1, 1, 64, 4).repeat(1, 1, 1, 2)),
+        [rows(2, 6, 16), rows(3, 9, 16)],
     ),
     "angles that differ between heads": lambda: (
         Does(turned, layer=nn.Linear(16, 16), angles=torch.rand(1, 2, 9, 8)), [rows(2, 6, 16), rows(3, 9, 16)],
@@ -240,6 +267,45 @@ def test_sizes_that_took_another_way_are_refused(name: str) -> None:
         fast(torch.randn(2, other, 8))
     with pytest.raises(GossamerError, match="compile it for this one"):
         fast.explain(torch.randn(2, other, 8))
+
+
+def padded(m, x):
+    return m.layer(functional.pad(x, (0, 0, 0, 1)) if x.shape[1] % 2 else x)
+
+
+# What a length of 5 leaves open: the model's way for others, and where it takes another one.
+NOT_TAKEN = {
+    "odd lengths are padded": (padded, (7, 6, 4, 6, 5), 1),
+    "eight is special": (lambda m, x: m.layer(x) + 1 if x.shape[1] == 8 else m.layer(x), (7, 8, 6, 8), 1),
+    "two are special": (lambda m, x: m.layer(x) * (1 + (x.shape[1] in (8, 9))), (9, 7, 8), 2),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+@torch.no_grad()
+def test_a_way_that_was_not_taken_is_followed_when_it_is(name: str) -> None:
+    does, lengths, ways = NOT_TAKEN[name]
+    model = plain(does)
+    fast = gossamer.compile(model, torch.randn(2, 5, 8))
+    for length in lengths:
+        x = torch.randn(3, length, 8)
+        torch.testing.assert_close(fast(x), model(x), **CLOSE)
+    assert len(fast._ways) == ways and "steps" in fast.explain(torch.randn(3, lengths[1], 8))
+
+
+@torch.no_grad()
+def test_ways_are_bounded(monkeypatch) -> None:
+    monkeypatch.setattr(compiled, "MOST_WAYS", 0)
+    fast = gossamer.compile(plain(padded), torch.randn(2, 5, 8))
+    with pytest.raises(GossamerError, match="compile it for this one"):
+        fast(torch.randn(2, 6, 8))
+
+
+@torch.no_grad()
+def test_a_batch_of_one_that_is_special_is_followed_as_it_is() -> None:
+    model = plain(lambda m, x: m.layer(x) + 1 if x.shape[0] * x.shape[1] == 5 else m.layer(x))
+    x = torch.randn(1, 5, 8)
+    torch.testing.assert_close(gossamer.compile(model, x)(x), model(x), **CLOSE)
 
 
 def test_an_image_smaller_than_the_window_is_refused() -> None:

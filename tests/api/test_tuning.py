@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,6 +165,12 @@ def test_a_folder_that_cannot_be_written_is_no_error(measured, cache):
     (cache / "tunings").write_text("a file where the folder should be")
     packed(), packed()
     assert len(measured) == 4
+
+
+def test_times_of_other_devices_are_not_kept(cache, monkeypatch):
+    monkeypatch.setattr(earlier, "measure", lambda *a, **k: "times")
+    work = SimpleNamespace(device=torch.device("cuda"))
+    assert earlier.measured_or_recalled("look", work, [], 1) == ("times", False) and not files(cache)
 
 
 def test_compile_remembers_the_forms_and_the_threads(monkeypatch, cache):

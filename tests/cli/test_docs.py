@@ -34,17 +34,25 @@ PAGES = (
 PROMPTS = ("methods.md", "guide/budgets.md", "guide/methods.md", "guide/patterns.md", "guide/supports.md")
 
 
+# The pages show that times are remembered: in the folder they run in, with the user's compiled kernels.
+KEPT_HERE = """\
+from pathlib import Path
+from gossamer.kernels import tuning
+tuning.cache_root = lambda: Path("cache").absolute()
+"""
+
+
 def blocks(page: Path) -> str:
     """The Python of a page as one program."""
     return "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL))
 
 
 def execute(program: str, where: Path) -> subprocess.CompletedProcess:
-    program = program.replace("from __future__ import annotations\n", "")
+    program = KEPT_HERE + program.replace("from __future__ import annotations\n", "")
     return subprocess.run(
         [sys.executable, "-c", program],
         cwd=where,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "GOSSAMER_TUNING": "1"},
         capture_output=True,
         text=True,
     )

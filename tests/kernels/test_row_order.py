@@ -22,6 +22,8 @@ from gossamer.runtime.weights import Weights
 from tests.kernels.test_cpu_panels import cut_into, guarded, untouched, within
 from tests.kernels.test_cpu_spmm import threads  # noqa: F401
 
+FORM = "rowgrouped(g=4), re-ordered"
+
 
 def scattered(rows, cols, g, density=0.3):
     """A weight of rows in groups with one support each, whose rows are mixed; and the order that sorts them."""
@@ -85,7 +87,7 @@ def test_products_that_keep_the_stored_order_refuse_another_one():
     torch.testing.assert_close(spmm(replace(stream, order_M=None), x), (x @ w.t())[:, order])
 
 
-def test_a_compiled_network_may_take_scattered_groups():
+def test_a_compiled_network_may_take_scattered_groups(monkeypatch):
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(8, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 24, 1), nn.Flatten(2), nn.Linear(63, 40)
@@ -93,10 +95,14 @@ def test_a_compiled_network_may_take_scattered_groups():
     net.eval()
     for i in (0, 2, 4):
         flat = net[i].weight.detach().flatten(1)
-        flat.copy_(scattered(*flat.shape, 4)[0])
+        mixed, order = scattered(*flat.shape, 4)
+        flat.copy_(mixed)
         assert any(s.reordered for s in detect(flat))
-        forms = Weights(flat, str(i))
-        assert "rowgrouped(g=4)" in forms._makers and forms.form("rowgrouped(g=4)").stream.order_M is not None
+        assert Weights(flat, str(i)).form(FORM).stream.order_M is not None
+        assert {FORM, "rowgrouped(g=4)"} & Weights(mixed[order], "sorted")._makers.keys() == {"rowgrouped(g=4)"}
+    monkeypatch.setattr(Weights, "fastest", lambda self, *measured: self.form(FORM))
     x = torch.randn(2, 8, 7, 9)
     with torch.no_grad():
-        torch.testing.assert_close(gossamer.compile(net, x)(x), net(x), rtol=1e-4, atol=1e-5)
+        fast = gossamer.compile(net, x)
+        torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
+        assert fast.explain(x).count(FORM) == 3

@@ -13,6 +13,7 @@ from torch import Tensor
 from gossamer.core.errors import FormatError
 from gossamer.kernels.cpu.checks import need_counts, need_floats
 from gossamer.kernels.cpu.launch import Launch, launch
+from gossamer.kernels.cpu.memory import floats
 from gossamer.kernels.cpu.target import lanes
 from gossamer.kernels.cpu.tokens import WIDTH, empty_panels, float_bits, need_panels, padded
 
@@ -160,6 +161,6 @@ def _additive(mask_BS: Tensor | None, batch: int, seq: int) -> Tensor | None:
     if mask_BS is None:
         return None
     if mask_BS.dtype is torch.bool:
-        mask_BS = torch.zeros(mask_BS.shape).masked_fill_(~mask_BS, -torch.inf)
+        mask_BS = floats(*mask_BS.shape).zero_().masked_fill_(~mask_BS, -torch.inf)
     need_floats("mask", mask_BS, f"[{batch}, {seq}], or bool", mask_BS.shape == (batch, seq))
     return mask_BS

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from gossamer.core.errors import FormatError
 from gossamer.formats import CSR, RowGrouped
 from gossamer.formats.checks import index_dtype, owners
+from gossamer.kernels.cpu.memory import floats
 from gossamer.kernels.cpu.stream import GROUPS
 from gossamer.kernels.reference.quantised import LEVELS, ZERO_POINT, quantise_rows
 
@@ -135,7 +136,7 @@ def _quantised(fmt: CSR | RowGrouped, values_Eg: Tensor) -> tuple[Tensor, Tensor
         raise FormatError("a weight is not finite, so its row has no finite scale; mend it before it is quantised")
     owner_Eg = owners(fmt.indptr, values_Eg.shape[0])[:, None].expand_as(values_Eg)
     groups = fmt.indptr.numel() - 1
-    most_Gg = torch.zeros(groups, values_Eg.shape[1]).scatter_reduce_(0, owner_Eg, values_Eg.float().abs(), "amax")
+    most_Gg = floats(groups, values_Eg.shape[1]).zero_().scatter_reduce_(0, owner_Eg, values_Eg.float().abs(), "amax")
     scales_Gg = most_Gg / LEVELS
     codes_Eg = quantise_rows(values_Eg.float(), scales_Gg[owner_Eg[:, 0]]) if groups else values_Eg.to(torch.int8)
     sums_Gg = torch.zeros(groups, values_Eg.shape[1], dtype=torch.int32).scatter_add_(0, owner_Eg, codes_Eg.int())

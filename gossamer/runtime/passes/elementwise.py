@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ..operators import Combine, Product
-from .graphs import ATEN, Constants, alone, argument, calls, drop_unused, dtype_of, is_call, same, swap
+from .graphs import ATEN, Constants, alone, argument, calls, drop_unused, dtype_of, is_call, plain_add, same, swap
 
 
 def tanh_gelus(graph: fx.Graph, constants: Constants) -> int:
@@ -17,7 +17,7 @@ def tanh_gelus(graph: fx.Graph, constants: Constants) -> int:
     for node in calls(graph, ATEN.tanh.default):
         x = _tanh_argument(node.args[0])
         plus = next(iter(node.users)) if alone(node) else None
-        if x is None or not is_call(plus, ATEN.add.Tensor) or plus.args[1] != 1.0 or not alone(plus):
+        if x is None or not plain_add(plus) or plus.args[1] != 1.0 or not alone(plus):
             continue
         last = next(iter(plus.users))
         halves = [a for a in last.args if is_call(a, ATEN.mul.Tensor) and a.args == (x, 0.5)]
@@ -37,7 +37,7 @@ def _tanh_argument(node: object) -> fx.Node | None:
     if not is_call(node, ATEN.mul.Tensor) or abs(_number(node.args[1]) - 0.7978845608) > 1e-6:
         return None
     total = node.args[0]
-    if not is_call(total, ATEN.add.Tensor) or not is_call(total.args[1], ATEN.mul.Tensor):
+    if not plain_add(total) or not is_call(total.args[1], ATEN.mul.Tensor):
         return None
     x, cube = total.args[0], total.args[1].args[0]
     right = is_call(cube, ATEN.pow.Tensor_Scalar) and cube.args == (x, 3.0) and total.args[1].args[1] == 0.044715

@@ -86,6 +86,11 @@ def is_call(node: object, target: object) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
 
 
+def plain_add(node: object) -> bool:
+    """Whether a node adds two things as they are: torch's sum can multiply the second by a number, `alpha`."""
+    return is_call(node, ATEN.add.Tensor) and node.kwargs.get("alpha", 1) == 1  # type: ignore[union-attr]
+
+
 def viewed(node: object) -> bool:
     """Whether a node only gives its source other axes."""
     return any(is_call(node, t) for t in (ATEN.view.default, ATEN.reshape.default, ATEN._unsafe_view.default))

@@ -7,7 +7,20 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..operators import Norm
-from .graphs import ATEN, Constants, argument, calls, constant_of, drop_unused, dtype_of, is_call, same, shape_of, swap
+from .graphs import (
+    ATEN,
+    Constants,
+    argument,
+    calls,
+    constant_of,
+    drop_unused,
+    dtype_of,
+    is_call,
+    plain_add,
+    same,
+    shape_of,
+    swap,
+)
 
 
 def norms(graph: fx.Graph, constants: Constants) -> int:
@@ -54,7 +67,7 @@ def _rms(node: fx.Node, constants: Constants) -> bool:
 
 def _root_mean_square(x: object, root: object) -> float | None:
     """eps, where a node is 1 / sqrt(mean(x ** 2) + eps) over the last axis, which is kept."""
-    if not is_call(root, ATEN.rsqrt.default) or not is_call(root.args[0], ATEN.add.Tensor):
+    if not is_call(root, ATEN.rsqrt.default) or not plain_add(root.args[0]):
         return None
     mean, eps = root.args[0].args[:2]
     if not is_call(mean, ATEN.mean.dim) or list(mean.args[1] or ()) != [-1] or not isinstance(eps, float):

@@ -19,6 +19,7 @@ from .graphs import (
     drop_unused,
     dtype_of,
     pair,
+    plain_add,
     rows_alike,
     same,
     shape_of,
@@ -104,7 +105,7 @@ def residuals(graph: fx.Graph, constants: Constants) -> int:
         order[node] = at
     for node in calls(graph, ATEN.add.Tensor):
         a, b = node.args[:2]
-        if node.kwargs.get("alpha", 1) != 1 or not same(a, b) or dtype_of(node) != torch.float32:
+        if not plain_add(node) or not same(a, b) or dtype_of(node) != torch.float32:
             continue
         able = [p for p in (a, b) if isinstance(p.target, Product) and _takes_residual(p)]
         if not able or a is b:

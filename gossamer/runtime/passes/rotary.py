@@ -7,14 +7,14 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..operators import Rotary
-from .graphs import ATEN, Constants, calls, drop_unused, dtype_of, is_call, rows_of, same, shape_of
+from .graphs import ATEN, Constants, calls, drop_unused, dtype_of, is_call, plain_add, rows_of, same, shape_of
 
 
 def rotaries(graph: fx.Graph, constants: Constants) -> int:
     """Heads turned by their positions' angles, x cos + (-x2, x1) sin: turned as rows instead, then cut into heads."""
     count = 0
     for node in calls(graph, ATEN.add.Tensor):
-        count += _rotary(node)
+        count += plain_add(node) and _rotary(node)
     drop_unused(graph)
     return count
 
