@@ -62,4 +62,4 @@ class _ToStderr(logging.Handler):
     """Log lines through the console of the moment, so that they do not tear progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        err().print(self.format(record), style="dim" if record.levelno < logging.WARNING else "yellow", markup=False)
+        err().print(self.format(record), style="dim" if record.levelno < logging.WARNING else "yellow")

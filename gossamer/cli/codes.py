@@ -8,7 +8,6 @@ import re
 import traceback
 
 import typer
-from rich.markup import escape
 from rich.panel import Panel
 from typer.core import TyperGroup
 
@@ -81,7 +80,7 @@ def _say(error: BaseException, command: str) -> None:
         return
     code, text = code_of(error), str(error) or type(error).__name__
     if os.environ.get("GOSSAMER_TRACEBACK") == "1":
-        err().print("".join(traceback.format_exception(error)), markup=False, highlight=False, end="")
+        err().print("".join(traceback.format_exception(error)), end="")
     elif code == UNEXPECTED:
         text = f"{type(error).__name__}: {text}\n\nGOSSAMER_TRACEBACK=1 shows where it arose."
-    err().print(Panel(escape(text), title=_TITLES[code], title_align="left", border_style="red", expand=False))
+    err().print(Panel(text, title=_TITLES[code], title_align="left", border_style="red", expand=False))

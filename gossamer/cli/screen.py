@@ -17,13 +17,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 
 def out() -> Console:
-    """Results. Made at each use, for tests and pipes put another stream in place."""
-    return Console(highlight=False)
+    """Results. Made at each use, for tests and pipes put another stream in place. Brackets belong to patterns."""
+    return Console(highlight=False, markup=False)
 
 
 def err() -> Console:
     """Everything that is not a result."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False)
 
 
 def emit(as_json: bool, record: object, *drawn: RenderableType) -> None:

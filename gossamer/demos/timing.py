@@ -18,8 +18,7 @@ from ..runtime.decoder import Decoder
 
 Progress = Callable[[str, int, int], None]
 THREADS = (1, 2)
-# A packed model run as one network, and as its modules call each other.
-WHOLE, LAYERS = "gossamer", "gossamer, layer by layer"
+OURS = "gossamer"  # packed models, compiled as whole networks
 
 
 def encoder_rows(
@@ -30,7 +29,7 @@ def encoder_rows(
     seconds: float,
     progress: Progress | None = None,
 ) -> tuple[list[EngineRow], list[str]]:
-    """The dense model in every engine and the packed ones in gossamer, as a whole and by layers, one and two threads.
+    """The dense model in every engine and the packed ones compiled by gossamer, one thread and two.
 
     Args:
         packed: packed models by setting.
@@ -40,11 +39,10 @@ def encoder_rows(
     Returns:
         Rows, and a note for every engine that could not run.
     """
-    jobs = (5 + 2 * len(packed)) * len(THREADS)
+    jobs = (5 + len(packed)) * len(THREADS)
     speeds = measure_engines(
         dense,
         example,
-        packed={f"{name}, {LAYERS}": model for name, model in packed.items()},
         whole=packed,
         threads=THREADS,
         seconds_each=max(0.6, seconds / jobs),
@@ -55,11 +53,9 @@ def encoder_rows(
 
 
 def _row(s: Speed, packed: Mapping[str, nn.Module]) -> EngineRow:
-    setting = s.engine.removesuffix(f", {LAYERS}")
-    ours = LAYERS if setting != s.engine else WHOLE
     return EngineRow(
-        setting=setting if setting in packed else "dense",
-        engine=ours if setting in packed else s.engine,
+        setting=s.engine if s.engine in packed else "dense",
+        engine=OURS if s.engine in packed else s.engine,
         threads=s.threads,
         latency_ms=s.latency_ms,
         latency_iqr=s.latency_iqr,
@@ -134,7 +130,7 @@ def _token_row(name: str, threads: int, taken: list[float], *, ours: bool) -> En
     time_ms = median(taken)
     return EngineRow(
         setting=name if ours else "dense",
-        engine=WHOLE if ours else name,
+        engine=OURS if ours else name,
         threads=threads,
         latency_ms=time_ms.ms,
         latency_iqr=time_ms.spread,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -164,16 +164,18 @@ def _by_engine(run: Run, pen: Ink, label: str, x_of: Callable[[EngineRow], float
     """A panel per unit and thread count; the dense engines differ by marker, the settings by colour."""
     groups = list(dict.fromkeys((r.unit, r.threads) for r in run.engines))
     engines = list(dict.fromkeys(r.engine for r in sorted(run.engines, key=lambda r: run.setting(r.setting).is_dense)))
+    marks = {engine: MARKERS[i % len(MARKERS)] for i, engine in enumerate(engines)}
     colours = _colours(run, pen)
     drawn, panels = _panels(len(groups), (SMALL[0], SMALL[1] if len(groups) == 1 else _HEIGHT_OF_TWO / 2))
     for axes, (unit, threads) in zip(panels, groups):
-        points = []
-        for row in (r for r in run.engines if (r.unit, r.threads) == (unit, threads)):
-            setting, marker = run.setting(row.setting), MARKERS[engines.index(row.engine) % len(MARKERS)]
-            text = _starred(row) if setting.is_dense else _label_of(run, row)
+        points, rows = [], [r for r in run.engines if (r.unit, r.threads) == (unit, threads)]
+        for row in rows:
+            setting, marker = run.setting(row.setting), marks[row.engine]
+            text = _starred(row) if setting.is_dense else _label_of(row, rows)
             points.append(Point(x_of(row), setting.score, text, colours[setting.name], marker, setting.is_dense))
         _scatter(axes, points, label.format(unit=unit), run.dense, pen)
         axes.set_title(f"{threads} thread{'s' if threads > 1 else ''}" + (f", {unit}" if len(groups) > 2 else ""))
+    _tell_apart(drawn, panels[0], marks, [r.engine for r in run.engines if not run.setting(r.setting).is_dense], pen)
     return drawn
 
 
@@ -182,9 +184,17 @@ def _starred(row: EngineRow) -> str:
     return row.engine if row.precision == "fp32" else f"{row.engine}*"
 
 
-def _label_of(run: Run, row: EngineRow) -> str:
-    own = {r.engine for r in run.engines if not run.setting(r.setting).is_dense}
-    return row.setting if len(own) == 1 else f"{row.setting} in {row.engine}"
+def _label_of(row: EngineRow, rows: Sequence[EngineRow]) -> str:
+    """The setting's name, at the fastest of the engines that ran it: markers tell the others."""
+    best = max((r for r in rows if r.setting == row.setting), key=lambda r: r.throughput)
+    return row.setting if row is best else ""
+
+
+def _tell_apart(drawn: Figure, axes: Axes, marks: Mapping[str, str], own: Iterable[str], pen: Ink) -> None:
+    """A legend of the markers of our own engines, where there are several."""
+    if len(names := list(dict.fromkeys(own))) > 1:
+        keys = [axes.plot([], [], marks[n], ms=8, mfc=pen.faint, mec=pen.faint, ls="", label=n)[0] for n in names]
+        drawn.legend(handles=keys, loc="outside lower right", ncols=len(keys), fontsize=9, handletextpad=0.2)
 
 
 def _scatter(axes: Axes, points: Sequence[Point], label: str, dense: Setting, pen: Ink) -> None:
@@ -215,6 +225,8 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
     left, right = (axes.bbox.x0 / per_pt, axes.figure.bbox.x1 / per_pt)
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in at]
     for p, (x, y) in zip(points, at):
+        if not p.label:
+            continue
         width = PT_PER_LETTER * len(p.label)
         places = [(9, -3.5), (-9 - width, -3.5), (-width / 2, 9), (-width / 2, -17), (7, 8), (-7 - width, 8)]
         places += [(7, -16), (-7 - width, -16), (-width / 2, 21), (-width / 2, -29), (7, 20), (7, -28)]

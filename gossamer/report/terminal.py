@@ -20,7 +20,7 @@ def table(run: Run) -> Table:
         >>> rich.print(table(load_run("run.json")))                                # doctest: +SKIP
     """
     units = list(dict.fromkeys(row.unit for row in run.engines))
-    drawn = Table(title=run.title, caption=headline(run), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    drawn = Table(title=run.title, caption=headline(run), box=box.SIMPLE_HEAD, padding=0)
     drawn.title_justify = "left"
     pace = units[0].replace("/", " /") if len(units) == 1 else "throughput"
     drawn.add_column("", overflow="fold")

@@ -104,7 +104,8 @@ def test_what_cannot_be_done_is_refused_in_words(gossamer, llama_folder, tmp_pat
 
 def test_rows_are_regrouped_by_flag_and_by_recipe(gossamer, llama_folder, tmp_path):
     flags = ("--method", "magnitude", "--pattern", "4-row", "--density", 0.25)
-    assert gossamer("prune", llama_folder, *flags, "--regroup", "--out", tmp_path / "a").exit_code == 0
+    told = gossamer("prune", llama_folder, *flags, "--regroup", "--out", tmp_path / "a")
+    assert told.exit_code == 0 and "pattern (o {4}) [...], rows regrouped" in told.stdout
     (tmp_path / "r.yaml").write_text("regroup: true")
     again = gossamer("prune", llama_folder, *flags, "--recipe", tmp_path / "r.yaml", "--out", tmp_path / "b", "--json")
     assert "rows regrouped" in json.loads(again.stdout)["pattern"]
