@@ -23,7 +23,8 @@ from .capture import Call, Captured, CaptureError, capture
 from .layouts import Tokens
 from .operators import Attention, Combine, GlobalPool, Norm, Pool, Product, Rotary
 from .passes import simplify
-from .plan import Plan, Recorder, Value
+from .plan import Plan
+from .recorder import Recorder, Value
 from .shelf import Shelf
 from .weights import Weights
 

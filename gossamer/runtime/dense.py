@@ -18,7 +18,7 @@ from .operators import Product
 
 if TYPE_CHECKING:
     from .memory import Buffer
-    from .plan import Recorder, Value
+    from .recorder import Recorder, Value
     from .weights import Weights
 
 NAME = "dense/onednn"

@@ -18,12 +18,12 @@ from ..kernels.cpu.window import Window
 from .layouts import Planes
 from .memory import Buffer
 from .operators import Geometry, GlobalPool, Pool, Product
+from .recorder import Recorder, Slot, Value
 from .tokens import panel_product
 from .weights import Form, Weights
 
 if TYPE_CHECKING:
     from ..kernels.cpu.launch import Launch
-    from .plan import Recorder, Slot, Value
 
 
 def to_planes(rec: Recorder, value: Value) -> tuple[Buffer, Planes] | None:
@@ -89,8 +89,6 @@ def product(rec: Recorder, node: fx.Node, op: Product, weights: Weights) -> Valu
 def _depthwise(
     rec: Recorder, op: Product, window: Window, x: Buffer, layout: Planes, out: Planes, residual: Buffer | None
 ) -> Value:
-    from .plan import Value
-
     launch = plan_depthwise(
         op.weight[:, 0], layout.images, layout.high, layout.wide, window,
         activation=op.activation, residual=residual is not None, threads=rec.threads,
@@ -105,8 +103,6 @@ def _convolution(
     rec: Recorder, op: Product, weights: Weights, window: Window, x: Buffer | Slot, layout: Planes, out: Planes,
     residual: Buffer | None,
 ) -> Value | None:  # fmt: skip
-    from .plan import Value
-
     y, bias, groups = rec.buffer(out), rec.address(op.bias), op.geometry.groups  # type: ignore[union-attr]
     extra = () if residual is None else (residual.address,)
     x_at, stride = (x.address, layout.width) if isinstance(x, Buffer) else (rec.address_now(x), layout.used)
@@ -135,8 +131,6 @@ def _convolution(
 
 def pool(rec: Recorder, node: fx.Node, op: Pool) -> Value | None:
     """Largest values or means under a window."""
-    from .plan import Value
-
     value = rec.value(node.args[0])  # type: ignore[arg-type]
     if not isinstance(value.layout, Planes):
         return None
@@ -154,8 +148,6 @@ def global_pool(rec: Recorder, node: fx.Node, op: GlobalPool) -> Value | None:
     value = rec.value(node.args[0])  # type: ignore[arg-type]
     if not isinstance(value.layout, Planes):
         return None
-    from .plan import Value
-
     n, c, high, wide = value.layout.shape
     launch = plan_mean(n, c, high * wide, threads=rec.threads)
     shape = (n, c, 1, 1) if op.keep else (n, c)

@@ -21,11 +21,11 @@ from ..kernels.cpu.tokens import plan_panels_to_rows, plan_rows_to_panels
 from . import dense
 from .layouts import Layout, Tokens
 from .operators import Attention, Combine, Norm, Product, Rotary
+from .recorder import Recorder, Slot, Value
 from .weights import Form, Weights
 
 if TYPE_CHECKING:
     from .memory import Buffer
-    from .plan import Recorder, Slot, Value
 
 
 def to_panels(rec: Recorder, value: Value) -> tuple[Buffer, Tokens] | None:
@@ -79,8 +79,6 @@ def panel_product(
     rec: Recorder, op: Product, weights: Weights, source: Value, x: Buffer, layout: Layout, residual: Buffer | None
 ) -> Value:
     """The product of any panels, tokens or planes, in the way that is fastest on them."""
-    from .plan import Value
-
     out = layout.with_features(weights.w_MK.shape[0])
     y, bias = rec.buffer(out), rec.address(op.bias)
     extra = () if residual is None else (residual.address,)
@@ -119,8 +117,6 @@ def panel_product(
 
 def norm(rec: Recorder, node: fx.Node, op: Norm) -> Value | None:
     """Layer norm or RMS norm of panels; rows that come from torch stay there."""
-    from .plan import Value
-
     source = rec.value(node.args[0])  # type: ignore[arg-type]
     if not isinstance(source.layout, Tokens) or source.layout.features != op.gamma.numel():
         return None
@@ -133,8 +129,6 @@ def norm(rec: Recorder, node: fx.Node, op: Norm) -> Value | None:
 
 def attention(rec: Recorder, node: fx.Node, op: Attention) -> Value | None:
     """Attention of panels whose mask, if there is one, is the same for all queries and heads."""
-    from .plan import Value
-
     parts = [rec.value(a) for a in node.args[:3]]  # type: ignore[arg-type]
     if not any(isinstance(p.layout, Tokens) for p in parts):
         return None
@@ -185,8 +179,6 @@ def seen_by(rec: Recorder, mask: Value, batch: int, seq: int) -> Seen | None:
 
 
 def _seen(rec: Recorder, mask: Value, batch: int, seq: int) -> Seen | None:
-    from .plan import Value
-
     if mask.both is not None:
         parts = [p for p in (seen_by(rec, part, batch, seq) for part in mask.both) if p is not None]
         keys = [p.keys for p in parts if p.keys is not None]
@@ -226,8 +218,6 @@ def additive_keys(mask: Tensor, batch: int) -> Tensor:
 
 def combine(rec: Recorder, node: fx.Node, op: Combine) -> Value | None:
     """act(x), act(x + other) or act(x) * other of panels, tokens or planes."""
-    from .plan import Value
-
     values = [rec.value(a) for a in node.args]  # type: ignore[arg-type]
     layout = values[0].layout
     if layout is None or any(v.layout != layout for v in values):
@@ -243,8 +233,6 @@ def combine(rec: Recorder, node: fx.Node, op: Combine) -> Value | None:
 
 def rotary(rec: Recorder, node: fx.Node, op: Rotary) -> Value | None:
     """Positions turned by angles that are the same at every call with these shapes."""
-    from .plan import Value
-
     x, cos, sin = (rec.value(a) for a in node.args)  # type: ignore[arg-type]
     if not isinstance(x.layout, Tokens) or len(x.layout.lead) != 2 or not (cos.known and sin.known):
         return None
