@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,8 +25,12 @@ Progress = Callable[[str, int, int], None]
 # Bytes of an index, the usual first: weights of up to 65,536 columns have two.
 _INDEX_BYTES = (2, 4)
 _FLOATS = ((torch.float32, 4), (torch.bfloat16, 2))
+# What `pack` fuses into products most often; other kernels take the activation as a number.
+_FUSED = ("none", "relu", "gelu")
 # Sizes of an image that is wider than a vector, and of one that is narrower.
 _IMAGES = (56, 7)
+# Into how many runs of pixels a vector of a convolution's output falls apart: lines of whole vectors, others.
+_PIECES = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -101,14 +106,22 @@ def _products() -> Iterator[Job]:
             yield f"product, groups of {g}, {8 * index_bytes}-bit indices", partial(kernel_for, g, index_bytes)
 
 
+def _groups() -> Iterator[tuple[int, int, str]]:
+    """Rows of a group, whether the rows have another order than their own, and both in words."""
+    for g in GROUPS:
+        yield g, 0, f"groups of {g}"
+        if g > 1:
+            yield g, 1, f"groups of {g}, re-ordered"
+
+
 def _networks() -> Iterator[Job]:
     from gossamer.kernels.cpu import attention_loops, elementwise_loops, sequence, token_loops
     from gossamer.kernels.cpu.elementwise import plan_elementwise
     from gossamer.kernels.cpu.norm import plan_layer_norm, plan_rms_norm
     from gossamer.kernels.cpu.spmm_panels import resident_kernel
 
-    for g in GROUPS:
-        yield f"product of panels, groups of {g}", partial(resident_kernel, g, _INDEX_BYTES[0])
+    for g, ordered, words in _groups():
+        yield f"product of panels, {words}", partial(resident_kernel, g, _INDEX_BYTES[0], ordered)
     yield "rows to panels", token_loops.packing
     yield "panels to rows", token_loops.unpacking
     yield "embedding", token_loops.embedding
@@ -122,16 +135,16 @@ def _networks() -> Iterator[Job]:
 
 
 def _images() -> Iterator[Job]:
-    from gossamer.kernels.cpu import plane_kernel
-    from gossamer.kernels.cpu.conv import dense_stream, plan_conv
+    from gossamer.kernels.cpu import conv_kernel, plane_kernel
     from gossamer.kernels.cpu.depthwise import plan_depthwise
     from gossamer.kernels.cpu.plane_ops import plan_pool
     from gossamer.kernels.cpu.window import Window
 
-    window = Window((3, 3), padding=(1, 1, 1, 1))
-    weights = dense_stream(torch.ones(8, 9))
+    for g, ordered, words in _groups():
+        for pieces, adding in product(_PIECES, (0, 1)):
+            name = f"convolution{' and sum' * adding}, {words}, vectors in {pieces}"
+            yield name, partial(conv_kernel.kernel, g, pieces, adding, ordered)
     for size in _IMAGES:
-        yield f"3x3 convolution, {size} pixels wide", partial(plan_conv, weights, 1, size, size, window)
         for taps, step in ((3, 1), (3, 2), (5, 1), (5, 2)):
             one = Window((taps, taps), (step, step), (taps // 2,) * 4)
             name = f"depthwise {taps}x{taps}, stride {step}, {size} pixels wide"
@@ -156,14 +169,21 @@ def _decode() -> Iterator[Job]:
 
 def _bfloat16() -> Iterator[Job]:
     from gossamer.formats import CSR, RowGrouped
+    from gossamer.kernels.cpu import token_loops
     from gossamer.kernels.cpu.narrow import narrow
     from gossamer.kernels.cpu.narrow_panels import plan_narrow
 
     ones = torch.ones(8, 8, dtype=torch.bfloat16)
     for g in GROUPS:
         weights = narrow(CSR.from_dense(ones) if g == 1 else RowGrouped.from_dense(ones, g=g))
-        name = f"bfloat16 product of panels, groups of {g}"
-        yield name, partial(plan_narrow, weights, panels=1, width=64, threads=1)
+        laid_out = partial(plan_narrow, weights, panels=1, width=64, threads=1)
+        yield f"bfloat16 product of panels, groups of {g}", laid_out
+        # A packed layer sums to float32 and rounds once its rows are back.
+        for activation in _FUSED:
+            name = f"bfloat16 product of a layer, groups of {g}, {activation}"
+            yield name, partial(laid_out, out_dtype=torch.float32, activation=activation)
+    yield "rows to panels", token_loops.packing
+    yield "panels to rows", token_loops.unpacking
 
 
 def _int4() -> Iterator[Job]:

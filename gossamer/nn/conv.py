@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
-from gossamer.core.errors import FormatError
+from gossamer.core.errors import DispatchError, FormatError
 from gossamer.kernels.cpu.window import Window
 from gossamer.kernels.reference import activate
 from gossamer.nn.linear import FormatLike, PackedLinear
 
 Convolution = nn.Conv2d | nn.Conv1d
+# Backends that leave a convolution to torch, on the unpacked weight; with None torch is the last resort.
+_TORCH = (None, "unpack", "dense", "reference")
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,16 @@ class Shape:
 class PackedConv2d(nn.Module):
     """y = act(conv(x, W) + b) on images [N, C, H, W] (or lines [N, C, L]), with W stored as a format.
 
-    Plain inference in float32 on a CPU runs sparse kernels without im2col. Elsewhere, and where gradients are wanted,
-    the weight is unpacked and convolved densely by torch; gradients reach x, the bias and the kept values.
+    Plain inference in float32 on a CPU runs sparse kernels without im2col. Elsewhere, inside autocast, and where
+    gradients are wanted, the weight is unpacked and convolved densely by torch; gradients reach x, the bias and the
+    kept values.
 
     Args:
         linear: holds the flattened weight [M, C / groups * kernel]; build the layer with `from_conv`.
         shape: the convolution; 1x1 where None.
+
+    Raises:
+        DispatchError: at a call, when a backend was named that cannot run this convolution; the message says why.
 
     Example:
         >>> from gossamer.formats import CSR
@@ -188,17 +194,27 @@ class PackedConv2d(nn.Module):
         plan = self.linear.current_plan()
         weights = getattr(plan.runner, "ordered", None)
         if weights is None:
-            return f"{plan.kernel} has no convolution beyond 1x1, only streams of row groups have"
+            return f"{plan.kernel} has no convolution beyond 1x1, only float32 streams of row groups have"
         from gossamer.kernels.cpu.conv import refuse_conv
 
         return refuse_conv(weights, self.shape.window, self.shape.groups)
 
     def _sparse(self, x: Tensor) -> Tensor | None:
-        """The convolution by the sparse kernels; None where they do not serve."""
+        """The convolution by the sparse kernels; None where torch is to compute it.
+
+        Raises:
+            DispatchError: the layer's backend was named, and cannot run this convolution.
+        """
         linear, shape = self.linear, self.shape
-        if linear.as_operator(x) or x.dtype is not torch.float32 or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+        if linear.as_operator(x):
             return None
-        if self.refuse() is not None:
+        if (refused := self.refuse()) is not None:
+            if linear.backend not in _TORCH:
+                raise DispatchError(
+                    f"backend {linear.backend!r} cannot run this convolution: {refused}; leave backend=None"
+                )
+            return None
+        if torch.is_autocast_enabled(x.device.type):
             return None
         from gossamer.kernels.cpu.conv import sparse_conv
 

@@ -1,13 +1,19 @@
 """warmup, cache and what doctor says of them."""
 
 import json
+from functools import partial
 
 import pytest
+import torch
+from torch import nn
 
 from gossamer.cli import doctor
 from gossamer.core.errors import UnknownName
+from gossamer.formats import RowGrouped
 from gossamer.kernels import caches, tuning, warm, warm_up
-from gossamer.kernels.cpu import target
+from gossamer.kernels.cpu import spmm_panels, target
+from gossamer.kernels.lowering import lower
+from gossamer.nn import PackedConv2d, PackedLinear
 
 
 @pytest.fixture
@@ -43,6 +49,35 @@ def test_warmup_refuses_an_unknown_kind_before_any_work(gossamer):
 def test_every_kind_names_its_kernels(kind):
     names = [name for name, _ in warm.KINDS[kind]()]
     assert names and len(set(names)) == len(names)
+
+
+def test_layers_need_no_kernel_beyond_the_warm_ones(monkeypatch):
+    from gossamer.kernels.cpu import conv_kernel, narrow_loops, resident
+
+    monkeypatch.setattr(warm, "GROUPS", (2,))
+    monkeypatch.setattr(spmm_panels, "_kernels", {})
+    factories = (conv_kernel.kernel, narrow_loops.kernel, resident.kernel)
+    for factory in factories:
+        factory.cache_clear()
+    for kind in ("networks", "images", "bfloat16"):
+        for name, bring in warm.KINDS[kind]():
+            if "groups of" in name:
+                bring()
+    made = [factory.cache_info().misses for factory in factories]
+    assert made == [8, 4, 2]
+    with torch.no_grad():
+        for order in (None, torch.arange(7, -1, -1)):
+            fmt = partial(RowGrouped.from_dense, g=2, order=order)
+            for activation in ("none", "relu", "gelu"):
+                layer = nn.Linear(16, 8).bfloat16()
+                packed = PackedLinear.from_linear(layer, fmt, backend="cpu", activation=activation)
+                packed(torch.ones(3, 16).bfloat16())
+            for size, stride in ((17, 1), (14, 2), (8, 1), (7, 2)):
+                conv = nn.Conv2d(2, 8, 3, stride, 1)
+                PackedConv2d.from_conv(conv, fmt, backend="cpu")(torch.ones(1, 2, size, size))
+            weights, panels = lower(fmt(torch.ones(8, 16))), spmm_panels.aligned_panels(1, 16, 64)
+            spmm_panels.spmm_panels(weights, panels.zero_(), activation="gelu")
+    assert [factory.cache_info().misses for factory in factories] == made
 
 
 def test_what_this_processor_cannot_run_is_said_and_is_no_error(gossamer, monkeypatch):

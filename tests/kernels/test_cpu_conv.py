@@ -146,6 +146,13 @@ def test_planes_with_poisoned_padding(threads):
     assert bool(y[..., 81:].isnan().all())
 
 
+def test_no_images_are_no_work():
+    weight, _ = weights(8, 36, 4, 0.5)
+    plan = plan_conv(weight, 0, 9, 9, SAME, threads=2)
+    plan.run(0, 0, 0)
+    assert plan.threads == 1
+
+
 def test_lines_in_one_dimension():
     weight, w = weights(12, 5 * 7, 4, 0.4)
     window = Window((1, 7), (1, 2), (0, 3, 0, 2), (1, 2))

@@ -111,6 +111,12 @@ def test_planes_keep_their_padding_and_lines_do_not_see_it(threads):
     assert bool(y[..., 63:].isnan().all())
 
 
+def test_no_images_are_no_work():
+    plan = plan_depthwise(torch.ones(4, 3, 3), 0, 20, 20, Window((3, 3), padding=(1, 1, 1, 1)), threads=2)
+    plan.run(0, 0, 0)
+    assert plan.threads == 1
+
+
 def test_results_do_not_depend_on_threads():
     window, weight, x = Window((5, 5), padding=(2, 2, 2, 2)), torch.randn(40, 5, 5), torch.randn(3, 40, 30, 30)
     before = torch.get_num_threads()

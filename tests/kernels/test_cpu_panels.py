@@ -1,5 +1,6 @@
 """The sparse product on panels in place, against float64 torch: odd shapes, poison around and between, both threads."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from unittest.mock import patch
@@ -192,6 +193,19 @@ def test_values_changed_in_place_are_seen():
         spmm_panels(weight, x)
         weight.values_EG.mul_(2)
         assert within(spmm_panels(weight, x), 2 * w, x, None, None, "none")
+
+
+def test_threads_that_lay_out_at_once_share_one_arranged_copy(monkeypatch):
+    weight, _ = weights(9, 40, 1, 0.5)
+
+    def slowly(*asked):
+        time.sleep(0.02)
+        return arrange(*asked)
+
+    monkeypatch.setattr(product, "arrange", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: product.arranged_for(weight, 3), range(4)))
+    assert all(copy is found[0] for copy in found)
 
 
 def test_many_places_keep_within_their_counters():

@@ -351,6 +351,7 @@ def test_wrong_inputs_are_refused_by_name():
         (lambda: narrow(CSR.from_dense(torch.tensor([[1.0, torch.inf]])), torch.int8), "not finite"),
         (lambda: narrow(CSR.from_dense(torch.ones(1, 70_000)), torch.int8), "at most 65536"),
         (lambda: spmm_panels(narrow(fmt, torch.int8), torch.randn(2, 8, 32)), "multiple of 64"),
+        (lambda: quantise_panels(torch.randn(2, 8, 64), used=0), "of which 1..W are used; got 64, 0"),
         (lambda: spmm_panels(narrow(fmt, torch.int8), x), "x must be"),
         (lambda: narrow(RowGrouped.from_dense(torch.ones(3, 4).bfloat16(), g=3)), "by 3"),
         (lambda: spmm_panels(weight, x[:, :7]), "x must be"),

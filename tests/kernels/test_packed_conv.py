@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gossamer.core.errors import FormatError
+from gossamer.core.errors import DispatchError, FormatError
 from gossamer.formats import CSR, Dense, RowGrouped
 from gossamer.nn import PackedConv2d
 
@@ -104,6 +104,26 @@ def test_sparse_kernels_run_where_they_serve(monkeypatch):
     monkeypatch.setattr(packed, "_dense", None)
     with torch.no_grad():
         packed(images(conv))
+
+
+CUT = partial(RowGrouped.from_dense, g=8, order=torch.arange(15, -1, -1).roll(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "fmt", "dtype", "why"),
+    [("same", CSR, torch.bfloat16, "only float32 streams"), ("grouped", CUT, torch.float32, "different groups")],
+)
+def test_a_backend_that_was_named_is_never_left_for_torch(name, fmt, dtype, why):
+    conv = CONVOLUTIONS[name]().to(dtype)
+    x = images(conv).to(dtype)
+    named = PackedConv2d.from_conv(conv, fmt, backend="cpu")
+    with torch.no_grad():
+        with pytest.raises(DispatchError, match=f"'cpu' cannot run this convolution: .*{why}"):
+            named(x)
+        for backend in (None, "unpack"):
+            torch.testing.assert_close(PackedConv2d.from_conv(conv, fmt, backend=backend)(x), conv(x))
+    # Gradients are torch's, whatever was named.
+    assert named(x.requires_grad_()).shape == conv(x).shape
 
 
 def test_other_dtypes_are_convolved_densely():

@@ -1,12 +1,16 @@
 """Where kernels cannot run: torch computes instead and says why, a backend that was named is an error; and processes
 that compile the same kernels at once."""
 
+import ast
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from numba.core.caching import FunctionCache
+
+from gossamer.kernels.cpu import cache
 
 ROOT = Path(__file__).parents[2]
 
@@ -157,3 +161,40 @@ def test_damaged_kernels_are_compiled_again(tmp_path):
         again = child(COMPILING, tmp_path, "1")
         assert again.returncode == 0 and again.stdout == "right\n", again.stderr[-2000:]
         assert "damaged" in again.stderr
+
+
+def nothing(pointer):
+    pass
+
+
+def test_a_disk_that_is_full_leaves_other_kernels_alone(monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    forgotten = []
+    monkeypatch.setattr(FunctionCache, "save_overload", full)
+    monkeypatch.setattr(cache, "_forget", forgotten.append)
+    with pytest.raises(OSError, match="No space left"):
+        cache.compile_kernel(nothing, "empty")
+    assert not forgotten
+
+
+def test_forgetting_leaves_no_code_that_a_new_index_could_name(monkeypatch, tmp_path):
+    (tmp_path / "panels_1").mkdir()
+    for name in ("a.nbi", "a.1.nbc", "a.2.nbc"):
+        (tmp_path / "panels_1" / name).write_bytes(b"0")
+    monkeypatch.setattr(cache, "kernel_dir", lambda: tmp_path)
+    cache._forget(EOFError())
+    assert not list((tmp_path / "panels_1").iterdir())
+
+
+def test_kernels_compile_in_nothing_from_outside_the_folder_that_names_their_cache():
+    """`abi_version` hashes this folder; what a kernel took from elsewhere would be served stale."""
+    for path in Path(cache.__file__).parent.glob("*.py"):
+        text = path.read_text()
+        if not any(word in text for word in ("llvmlite", "from numba", "compile_kernel")):
+            continue
+        taken = {node.module or "" for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
+        ours = {module for module in taken if module.startswith("gossamer")}
+        outside = {module for module in ours if not module.startswith(("gossamer.kernels.cpu", "gossamer.core."))}
+        assert not outside, f"{path.name} takes from {outside}"

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import logging
+import pickle
 import sys
 import tempfile
 import threading
@@ -16,6 +17,10 @@ from gossamer.kernels.cpu.target import cpu_name
 
 _log = logging.getLogger("gossamer")
 _lock = threading.RLock()
+# What reading a damaged pickle raises; no error of a compilation or of the disk is among them.
+_DAMAGED = (
+    pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, ImportError,
+)  # fmt: skip
 
 
 @functools.cache
@@ -70,7 +75,6 @@ def compile_kernel(function, name: str):
     """
     from numba import types
     from numba.core.ccallback import CFunc
-    from numba.core.errors import NumbaError
 
     class Announced(CFunc):
         may_compile = False
@@ -90,9 +94,7 @@ def compile_kernel(function, name: str):
                 kernel.may_compile = True
                 try:
                     kernel.compile()
-                except NumbaError:
-                    raise
-                except Exception as error:  # a helper's file is damaged
+                except _DAMAGED as error:
                     _forget(error)
                     kernel.compile()
     return kernel
@@ -106,19 +108,21 @@ def _read(kernel) -> bool:
     """Whether the kernel was on disk; nobody is waited for."""
     try:
         kernel.compile()
-    except _NotThereError:
-        return False
-    except Exception as error:  # a damaged file raises anything
-        _forget(error)
+    except (_NotThereError, *_DAMAGED):
         return False
     return True
 
 
 def _forget(error: Exception) -> None:
-    """Drop the indices of a damaged cache: everything is compiled again and written over."""
+    """Empty a damaged cache, under the lock: everything is compiled again.
+
+    Kernels of one factory share an index, and a new one numbers its files from 1 again, so that code which stayed could
+    be taken for another kernel's.
+    """
     _log.warning("the cached kernels in %s are damaged (%s): compiled again", kernel_dir(), type(error).__name__)
-    for index in kernel_dir().rglob("*.nbi"):
-        index.unlink(missing_ok=True)
+    for ending in ("nbi", "nbc"):
+        for file in list(kernel_dir().rglob(f"*.{ending}")):
+            file.unlink(missing_ok=True)
 
 
 def helper(function):

@@ -110,7 +110,7 @@ def plan_conv(
         weights, window, out_high, out_wide, channels, threads if images < threads else 1, tuning or Tuning()
     )
     offsets, starts = _entries(weights, window, groups, lines, _block(weights, window, lines, most, tuning))
-    chunks = max(1, min(weights.groups, -(-threads // (lines.panels * images))))
+    chunks = max(1, min(weights.groups, -(-threads // max(1, lines.panels * images))))
     sums_at = 4 * channels * lines.channel + 4 * lanes() * (most + 1)
     hold = 4 * lanes() * most * weights.g * -(-weights.groups // chunks) if len(starts) > 2 else 0
     scratch = -(-(sums_at + hold) // 64) * 64
@@ -139,7 +139,7 @@ def plan_conv(
         return Part(fixed, (0, shift, 0, shift), holds)
 
     fixed, tables = numbers(lines, chunks, 0)
-    threads = min(threads, fixed[0])
+    threads = max(1, min(threads, fixed[0]))
     return laid_out(
         kernel(weights.g, lines.pieces, int(residual), int(ordered)),
         addresses=3 + residual,

@@ -44,10 +44,8 @@ def laid_out(
 
 
 def _address(number: float) -> int:
-    """Where a constant lies that kernels read by address."""
-    if number not in _BOUNDS:
-        _BOUNDS[number] = torch.full((16,), number, dtype=torch.float32, device="cpu")
-    return _BOUNDS[number].data_ptr()
+    """Where a constant lies that kernels read by address; the same tensor for all threads, which lives on."""
+    return _BOUNDS.setdefault(number, torch.full((16,), number, dtype=torch.float32, device="cpu")).data_ptr()
 
 
 def zeros_at() -> int:

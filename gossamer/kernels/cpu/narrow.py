@@ -15,9 +15,10 @@ from torch.nn.functional import pad
 from gossamer.core.errors import FormatError
 from gossamer.formats import CSR, RowGrouped
 from gossamer.formats.checks import index_dtype, owners
+from gossamer.kernels.cpu.integers import LEVELS, ZERO_POINT
 from gossamer.kernels.cpu.memory import floats
 from gossamer.kernels.cpu.stream import GROUPS
-from gossamer.kernels.reference.quantised import LEVELS, ZERO_POINT, quantise_rows
+from gossamer.kernels.reference.quantised import quantise_rows
 
 DEPTH = {torch.bfloat16: 2, torch.int8: 4}
 # 255 x 127 x this many columns is still a 32-bit integer.

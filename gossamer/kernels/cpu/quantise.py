@@ -66,7 +66,8 @@ def quantise_panels(x_PKW: Tensor, used: int | None = None) -> Quantised:
     """
     need_floats("x", x_PKW, "[P, K, W]", x_PKW.dim() == 3)
     panels, features, width = x_PKW.shape
-    if width % 64 or not 0 < (used or width) <= width:
+    used = width if used is None else used
+    if width % 64 or not 0 < used <= width:
         raise FormatError(
             f"8-bit panels are a multiple of 64 positions wide, of which 1..W are used; got {width}, {used}"
         )

@@ -9,11 +9,11 @@ from numba import types
 from numba.extending import intrinsic
 
 from gossamer.kernels.cpu.cache import compile_kernel
+from gossamer.kernels.cpu.integers import LEVELS, SMALLEST, ZERO_POINT
 from gossamer.kernels.cpu.lanes import _F32, _I8, _I32, _declare, _int, _load, _Loop, _n, _store, address_of, get, take
 from gossamer.kernels.cpu.launch import ADDRESSES, NEXT
 from gossamer.kernels.cpu.target import lanes
 from gossamer.kernels.cpu.threads import Entry
-from gossamer.kernels.reference.quantised import LEVELS, SMALLEST, ZERO_POINT
 
 X, CODES, SCALES, PANELS, VECTORS, FEATURES, WIDTH = range(ADDRESSES, ADDRESSES + 56, 8)
 LANES = lanes()

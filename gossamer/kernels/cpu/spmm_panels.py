@@ -5,6 +5,8 @@ Shapes: P panels, K inputs, M outputs, W positions of a panel (a multiple of 16)
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,8 @@ _BOUNDS = {0: None, 1: (0.0, torch.inf), 5: (0.0, 6.0)}
 _BOUND_TABLE = torch.tensor([pair for pair in _BOUNDS.values() if pair], dtype=torch.float32, device="cpu")
 _ZEROS = torch.zeros(LINE, dtype=torch.float32, device="cpu")
 _kernels: dict[tuple[int, int, int], object] = {}
+# Held while arranged copies are made or follow their values: plans of all threads read the same copy.
+_arranging = threading.Lock()
 
 
 def resident_kernel(g: int, index_bytes: int, ordered: int = 0):
@@ -178,19 +182,21 @@ def _version(stream: Stream) -> int:
 
 def arranged_for(stream: Stream, blocks: int) -> Arranged:
     """The stream arranged in so many blocks: made once for weights that stay where they are."""
-    held = stream.arrangements.get(blocks)
-    if held is None or held[0] != stream.addresses:
-        held = stream.arrangements[blocks] = [stream.addresses, _version(stream), arrange(stream, blocks)]
-    return held[2]
+    with _arranging:
+        held = stream.arrangements.get(blocks)
+        if held is None or held[0] != stream.addresses:
+            held = stream.arrangements[blocks] = [stream.addresses, _version(stream), arrange(stream, blocks)]
+        return held[2]
 
 
 def _refresh(stream: Stream) -> None:
     """Let arranged copies follow values that were changed in place."""
-    now = _version(stream)
-    for held in stream.arrangements.values():
-        if held[1] != now:
-            held[1] = now
-            held[2].refresh(stream.values_EG)
+    with _arranging:
+        now = _version(stream)
+        for held in stream.arrangements.values():
+            if held[1] != now:
+                held[2].refresh(stream.values_EG)
+                held[1] = now
 
 
 def spmm_panels(

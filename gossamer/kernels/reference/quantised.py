@@ -8,11 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gossamer.kernels.cpu.integers import LEVELS, SMALLEST, ZERO_POINT
 from gossamer.kernels.reference.activation import activate
-
-LEVELS, ZERO_POINT = 127, 128
-# A position whose largest number is below this counts as zero: its reciprocal would overflow.
-SMALLEST = 1e-30
 
 
 def quantise_rows(x: Tensor, scale: Tensor) -> Tensor:
