@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..core.sparsifier import require_finite
 from ..core.support import Support
 from .handle import Handle
 from .masked import Masked
+from .pull import before_step
 from .sharded import is_sharded
 from .targets import Target, sharers, slots
 
@@ -38,12 +39,6 @@ class ExploringHandle(Handle):
     saved from it; outside B nothing moves but by the optimizer's own weight decay.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._hook: RemovableHandle | None = None
-        super().__init__(*args, **kwargs)
-        if self.optimizer is not None:
-            self._draw_in(self.optimizer)
-
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Look after this optimizer's slots from now on, and add the penalty in its steps.
 
@@ -53,25 +48,10 @@ class ExploringHandle(Handle):
         if any(is_sharded(self._original(t)) for t in self.targets):
             raise TargetError(f"{self.sparsifier.name!r} adds to whole gradients; it cannot train sharded weights")
         super().follow(optimizer)
-        self._draw_in(self.optimizer)
 
     def learning(self) -> dict[str, Support]:
         """What the gradient reaches (B), of every layer, in the layout its weight is stored in."""
         return {t.name: Support(self._mask(t).learning) for t in self.targets}
-
-    def remove(self) -> nn.Module:
-        """Write the zeros into the weights, take the masks away, and return the model."""
-        self._let_go()
-        return super().remove()
-
-    def _let_go(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-
-    def _draw_in(self, optimizer: torch.optim.Optimizer) -> None:
-        self._let_go()
-        if self._explore.penalty:
-            self._hook = optimizer.register_step_pre_hook(self._penalise)
 
     def _hold(self, target: Target) -> None:
         mask = Explored(torch.ones_like(target.module(self.model).weight, dtype=torch.bool))
@@ -98,19 +78,17 @@ class ExploringHandle(Handle):
         super()._take(target, kept)
         self._mask(target).learning.logical_or_(kept)
 
-    def _penalise(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Once per step, however many batches made the gradient; then it goes the way of every gradient."""
-        if any(callable(x) for x in (*args[1:], *kwargs.values())):
-            raise TargetError("an optimizer that is given a closure makes its gradients within its step; use penalty=0")
-        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales within its step
-        with torch.no_grad():
-            for t in self.targets:
-                w, mask = self._original(t), self._mask(t)
-                if w.grad is None:
-                    continue
+    def _pull(self) -> RemovableHandle | None:
+        penalty = self._explore.penalty
+        return before_step(self.optimizer, penalty, self._drawn) if self.optimizer is not None and penalty else None
+
+    def _drawn(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """The gradient of the penalty over λ, of every layer that has one."""
+        for t in self.targets:
+            w, mask = self._original(t), self._mask(t)
+            if w.grad is not None:
                 rare = 1.0 / (self.per_layer[t.name].final_density() or 1.0)  # in an empty layer nothing learns
-                drawn = torch.where(mask.mask, w, w * rare).masked_fill(~mask.learning, 0)
-                w.grad.add_(drawn if scale is None else drawn * scale, alpha=self._explore.penalty)
+                yield w, torch.where(mask.mask, w, w * rare).masked_fill(~mask.learning, 0)
 
     def _project(self) -> None:
         """Every optimizer slot is zero where nothing learns, or momentum would move what no gradient reaches."""

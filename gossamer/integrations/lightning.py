@@ -18,8 +18,9 @@ def lightning_callback(method: str | Sparsifier, **options: object) -> Callback:
     """Sparse training in `lightning.Trainer`: attaches when fitting begins, steps with the optimizer.
 
     Checkpoints hold masks and the method's state, so `trainer.fit(module, ckpt_path=...)` goes on exactly. At the end
-    of `fit` the masks are taken away and the module is a plain one with zeros in its weights. The length of the run is
-    the Trainer's. `callback.handle` is the handle while training.
+    of `fit` the masks are taken away and the module is a plain one with zeros in its weights; checkpoints of the run
+    still load into it, as `trainer.test(module, ckpt_path="best")` does. The length of the run is the Trainer's.
+    `callback.handle` is the handle while training.
 
     Args:
         method: a registered name, or a Sparsifier.
@@ -52,8 +53,8 @@ def _callback() -> type[Any]:
             return self.late.handle
 
         def setup(self, trainer, pl_module, stage):
-            if stage == "fit":
-                self.late.expect(pl_module)
+            self._loaded = None  # a checkpoint is loaded after this, for evaluation too
+            self.late.expect(pl_module)
 
         def on_fit_start(self, trainer, pl_module):
             if len(trainer.optimizers) != 1:
@@ -75,7 +76,6 @@ def _callback() -> type[Any]:
 
         def on_fit_end(self, trainer, pl_module):
             self.late.end()
-            self._loaded = None
 
         def state_dict(self):
             return self.late.handle.state_dict() if self.late.handle else {}

@@ -26,7 +26,8 @@ def trainer_callback(method: str | Sparsifier, **options: object) -> TrainerCall
 
     Raises:
         MissingDependency: transformers is not installed.
-        TargetError: restore_callback_states_from_checkpoint is set; this callback restores itself.
+        TargetError: restore_callback_states_from_checkpoint is set (this callback restores itself), the Trainer has
+            two of these callbacks, or it resumes and got the callback by `add_callback` or the model by `model_init`.
 
     Example:
         >>> callback = trainer_callback("rigl", density=0.1)  # doctest: +SKIP
@@ -56,7 +57,13 @@ def _callback() -> type[Any]:
             self.late.expect(model)
 
         def on_train_begin(self, args, state, control, model=None, optimizer=None, **_):
-            held = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes") or None
+            saved = state.stateful_callbacks.get(type(self).__name__, {})
+            if isinstance(saved, list):
+                raise TargetError(
+                    f"the Trainer has {len(saved)} sparse callbacks; give it one, and call gossamer.attach and "
+                    "handle.step() in a callback of your own for other layers"
+                )
+            held = saved.get("attributes") or None
             self.late.begin(model, optimizer, state.max_steps, held if state.global_step else None)
 
         def on_optimizer_step(self, args, state, control, **_):

@@ -37,6 +37,8 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
 class Scored(nn.Module):
     """What the Trainer wants: a loss first."""
 
+    _keys_to_ignore_on_save = None  # it asks for this where a checkpoint lacks a key
+
     def __init__(self) -> None:
         super().__init__()
         self.net = net()
@@ -45,7 +47,7 @@ class Scored(nn.Module):
         return {"loss": (self.net(x) - x[:, :4]).square().mean()}
 
 
-def trainer(folder, callback, **options):
+def trainer(folder, *callbacks, **options):
     from transformers import Trainer, TrainingArguments
     from transformers.utils import logging
 
@@ -53,7 +55,7 @@ def trainer(folder, callback, **options):
     asked = {"max_steps": 12, "save_steps": 5, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no", "learning_rate": 0.01}
     args = TrainingArguments(str(folder), **asked, **quiet, **options)
-    return Trainer(Scored(), args, train_dataset=[{"x": x} for x in X], callbacks=[callback])
+    return Trainer(Scored(), args, train_dataset=[{"x": x} for x in X], callbacks=list(callbacks))
 
 
 @BOTH
@@ -138,6 +140,20 @@ def test_the_trainer_is_not_asked_to_restore_the_callback(tmp_path):
         trainer(tmp_path, trainer_callback("static"), restore_callback_states_from_checkpoint=True)
 
 
+def test_a_trainer_that_resumes_needs_its_callback_from_the_start(tmp_path):
+    trainer(tmp_path, trainer_callback("rigl", **OPTIONS)).train()
+    again = trainer(tmp_path)
+    again.add_callback(trainer_callback("rigl", **OPTIONS))
+    with pytest.raises(TargetError, match="masks did not reach the model"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+def test_a_trainer_takes_one_sparse_callback(tmp_path):
+    run = trainer(tmp_path, trainer_callback("rigl", **OPTIONS), trainer_callback("set", **OPTIONS))
+    with pytest.raises(TargetError, match="has 2 sparse callbacks"):
+        run.train()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_accelerate_saves_and_restores_a_handle(method, tmp_path):
     from accelerate import Accelerator
@@ -186,6 +202,9 @@ def lightning_module(optimizers: int = 1):
         def training_step(self, batch, index):
             return (self.net(batch) - batch[:, :4]).square().mean()
 
+        def test_step(self, batch, index):
+            self.answer = self.net(batch)
+
         def configure_optimizers(self):
             made = [torch.optim.AdamW(self.parameters(), lr=0.01) for _ in range(optimizers)]
             return made[0] if optimizers == 1 else made
@@ -195,22 +214,49 @@ def lightning_module(optimizers: int = 1):
     return module
 
 
+def lightning_twice(folder, method, **options):
+    """Trained at a stretch, and from the checkpoint halfway."""
+    loader = torch.utils.data.DataLoader(X, batch_size=4)
+    for start in (None, folder / "epoch=0.ckpt"):
+        torch.manual_seed(1)
+        module = lightning_module()
+        module.net[2].p = 0.0  # Lightning restores no random state, and no place within an epoch
+        callback = lightning_callback(method, **options)
+        lightning_run(folder, callback).fit(module, loader, ckpt_path=start)
+        assert callback.handle is None
+        yield module
+
+
 @pytest.mark.filterwarnings("ignore")
 @BOTH
 @pytest.mark.parametrize("method", METHODS)
 def test_lightning_goes_on_from_its_checkpoint(method, backend, tmp_path):
-    loader = torch.utils.data.DataLoader(X, batch_size=4)
-    modules = []
-    for start in (None, tmp_path / "epoch=0.ckpt"):
-        torch.manual_seed(1)
-        module = lightning_module()
-        module.net[2].p = 0.0  # Lightning restores no random state, and no place within an epoch
-        callback = lightning_callback(method, backend=backend, **OPTIONS)
-        lightning_run(tmp_path, callback).fit(module, loader, ckpt_path=start)
-        assert zeros(module) >= 8 * 32 + 32 * 4 - 96 and callback.handle is None
-        modules.append(module)
-    assert equal(*modules)
-    assert set(modules[0].state_dict()) == set(lightning_module().state_dict())
+    whole, again = lightning_twice(tmp_path, method, backend=backend, **OPTIONS)
+    assert zeros(whole) >= 8 * 32 + 32 * 4 - 96 and equal(whole, again)
+    assert set(whole.state_dict()) == set(lightning_module().state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", WITHIN)
+def test_lightning_goes_on_with_what_happens_within_its_optimizer(method, tmp_path):
+    whole, again = lightning_twice(tmp_path, method, **WITHIN[method])
+    assert zeros(whole) >= (8 * 32 + 32 * 4) / 2 and equal(whole, again)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fits", [True, False])
+def test_lightning_evaluates_a_checkpoint_of_the_run(fits, tmp_path):
+    loader = torch.utils.data.DataLoader(X, batch_size=48)
+    module, run = lightning_module(), lightning_run(tmp_path, lightning_callback("topkast", **WITHIN["topkast"]))
+    run.fit(module, loader)
+    if not fits:  # a process that evaluates only
+        module, run = lightning_module(), lightning_run(tmp_path, lightning_callback("topkast", **WITHIN["topkast"]))
+    run.test(module, loader, ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    held = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"]
+    for name in ("net.0", "net.3"):
+        original, mask = (held[f"{name}.parametrizations.weight.{part}"] for part in ("original", "0.mask"))
+        assert torch.equal(module.get_submodule(name).weight, torch.where(mask, original, 0))
+    assert module.answer.isfinite().all() and zeros(module) == 8 * 32 + 32 * 4 - 96
 
 
 @pytest.mark.filterwarnings("ignore")
