@@ -55,7 +55,7 @@ def sparse_linear(
         x: activations [..., K] in the weight's dtype.
         fmt: the stored weight [M, K]; its values receive a gradient when they require one.
         bias_M: added before the activation.
-        activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
+        activation: "none", "relu", "relu6", "hard_swish", "gelu" (erf), "gelu_tanh" or "silu".
         backend: insist on one by name; None takes the first that serves.
         tokens: rows of x expected per call, where known.
 

@@ -1,7 +1,7 @@
 """Layers that are sparse by birth."""
 
-from gossamer.nn.conv import PackedConv2d, is_pointwise
+from gossamer.nn.conv import PackedConv2d
 from gossamer.nn.linear import PackedLinear
 from gossamer.nn.sparse_linear import Move, SparseLinear, carry
 
-__all__ = ["Move", "PackedConv2d", "PackedLinear", "SparseLinear", "carry", "is_pointwise"]
+__all__ = ["Move", "PackedConv2d", "PackedLinear", "SparseLinear", "carry"]

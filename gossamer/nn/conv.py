@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
 from gossamer.core.errors import DispatchError, FormatError
-from gossamer.kernels.cpu.window import Window
+from gossamer.kernels.cpu.window import Window, same_padding
 from gossamer.kernels.reference import activate
 from gossamer.nn.linear import FormatLike, PackedLinear
 
@@ -271,18 +271,6 @@ def _padding(conv: Convolution, kernel: tuple[int, int], dilation: tuple[int, in
     if conv.padding == "valid":
         return 0, 0, 0, 0
     if conv.padding == "same":
-        down, across = ((k - 1) * d for k, d in zip(kernel, dilation))
-        return down // 2, across // 2, down - down // 2, across - across // 2
+        return same_padding(kernel, (1, 1), dilation, 1, 1)
     down, across = _pair(conv.padding, 0)
     return down, across, down, across
-
-
-def is_pointwise(conv: nn.Module) -> bool:
-    """Whether a module is a convolution that mixes channels at one pixel: 1x1, stride 1, unpadded, ungrouped."""
-    return (
-        isinstance(conv, nn.Conv2d)
-        and conv.kernel_size == (1, 1)
-        and conv.stride == (1, 1)
-        and conv.groups == 1
-        and conv.padding in ((0, 0), "valid", "same")
-    )

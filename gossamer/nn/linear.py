@@ -33,7 +33,7 @@ class PackedLinear(nn.Module):
     Args:
         fmt: the stored weight [M, K].
         bias: [M], or None.
-        activation: applied to the result: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
+        activation: applied to the result: "none", "relu", "relu6", "hard_swish", "gelu" (erf), "gelu_tanh" or "silu".
         backend: insist on a backend by name; None takes the first that serves.
         tokens: rows of x expected per call, where known; None for any number.
         transposed: the dense layer stores its weight as [K, M], as `Conv1D` does; `unpack` gives that back.

@@ -21,10 +21,28 @@ def activation_code(activation: str) -> int:
 def need_floats(name: str, tensor: Tensor, shape: str, fits: bool) -> None:
     """Refuse what the kernels cannot read: they take raw addresses."""
     if not fits or tensor.dtype is not torch.float32 or not lies_flat(tensor) or not tensor.is_cpu:
-        raise FormatError(
-            f"{name} must be a contiguous float32 CPU tensor {shape}, got {tensor.dtype} {tuple(tensor.shape)} "
-            f"on {tensor.device}{'' if lies_flat(tensor) else ', not contiguous'}; call .float().contiguous()"
-        )
+        raise _unreadable(name, tensor, (torch.float32,), shape, "call .float().contiguous()")
+
+
+def need_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: str, fits: bool) -> None:
+    """`need_floats` for other types."""
+    if not fits or tensor.dtype not in dtypes or not lies_flat(tensor) or not tensor.is_cpu:
+        raise _unreadable(name, tensor, dtypes, shape, "convert or copy it")
+
+
+def need_part(name: str, part: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Refuse a part of a stored weight that is not what its format says."""
+    if part.dtype is not dtype or tuple(part.shape) != shape or not lies_flat(part) or not part.is_cpu:
+        fix = "build the format again with from_dense or from_parts"
+        raise _unreadable(name, part, (dtype,), str(list(shape)), fix)
+
+
+def _unreadable(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: str, fix: str) -> FormatError:
+    kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return FormatError(
+        f"{name} must be a contiguous {kinds} CPU tensor {shape}, got {tensor.dtype} {tuple(tensor.shape)} "
+        f"on {tensor.device}{'' if lies_flat(tensor) else ', not contiguous'}; {fix}"
+    )
 
 
 def lies_flat(tensor: Tensor) -> bool:
@@ -54,12 +72,11 @@ def need_tokens(x_TK: Tensor, cols: int) -> None:
         raise FormatError(f"x must be float32 or bfloat16, got {x_TK.dtype}; convert it")
 
 
-def need_part(name: str, part: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Refuse a part of a stored weight that is not what its format says."""
-    if part.dtype is not dtype or tuple(part.shape) != shape or not lies_flat(part) or not part.is_cpu:
+def need_used(panels: int, width: int, used: int, used_last: int) -> None:
+    """Refuse numbers of used positions that panels of this width do not have."""
+    if panels < 0 or not (0 < used <= width and 0 < used_last <= width):
         raise FormatError(
-            f"{name} must be contiguous {dtype} {list(shape)} on the CPU, got {part.dtype} {tuple(part.shape)} "
-            f"on {part.device}; build the format again with from_dense or from_parts"
+            f"used positions lie in 1..{width}, got {used} and {used_last} in the last of {panels} panels"
         )
 
 

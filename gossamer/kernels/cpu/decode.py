@@ -58,7 +58,7 @@ def bitmask_matvec(
         cols: K.
         x_TK: float32 or bfloat16 [T, K], contiguous; more than eight tokens are taken eight at a time.
         bias_M: float32 [M].
-        activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
+        activation: "none", "relu", "relu6", "hard_swish", "gelu" (erf), "gelu_tanh" or "silu".
 
     Raises:
         DispatchError: this processor has no expanding loads; use a format that `spmm` serves.
@@ -73,7 +73,7 @@ def bitmask_matvec(
     tokens = x_TK.shape[0]
     y_TM = torch.empty(tokens, rows, dtype=torch.float32, device="cpu")
     if rows:
-        bias_M = _bias_of(rows, bias_M, code)
+        bias_M = finishing_bias(rows, bias_M, code)
         weight_at = bits.data_ptr(), offsets.data_ptr(), values.data_ptr()
         x_at, x_bytes, y_at = x_TK.data_ptr(), x_TK.element_size(), y_TM.data_ptr()
         for first in range(0, tokens, MOST_TOKENS):
@@ -83,8 +83,8 @@ def bitmask_matvec(
     return y_TM if x_TK.dtype is torch.float32 else y_TM.to(x_TK.dtype)
 
 
-def _bias_of(rows: int, bias_M: Tensor | None, code: int) -> Tensor | None:
-    """The kernel finishes outputs only where there is a bias, so an activation alone takes a bias of zeros."""
+def finishing_bias(rows: int, bias_M: Tensor | None, code: int) -> Tensor | None:
+    """Decode kernels finish outputs only where there is a bias, so an activation alone takes a bias of zeros."""
     if bias_M is not None or code == 0:
         return bias_M
     if rows not in _zero_bias:

@@ -6,7 +6,8 @@ import functools
 
 from gossamer.kernels.cpu.cache import compile_kernel, helper
 from gossamer.kernels.cpu.conv_lanes import GELU, GELU_TANH, HARD_SWISH, SILU, activate_row
-from gossamer.kernels.cpu.depthwise_lanes import flat, fold, slide, stride, walk
+from gossamer.kernels.cpu.depthwise_lanes import slide, stride, walk
+from gossamer.kernels.cpu.depthwise_small import flat, fold
 from gossamer.kernels.cpu.lanes import address_of, copy_row, get, take
 from gossamer.kernels.cpu.target import lanes
 from gossamer.kernels.cpu.threads import Entry
@@ -72,14 +73,7 @@ def walk_kernel(step: int, kernel: int, left: int, right: int, narrow: int, addi
                     v0, v1 = tile * vectors // tiles, (tile + 1) * vectors // tiles
                     c = v0 * L
                     if S == 2:
-                        if MOST == 1 or v1 - v0 == 1:
-                            stride(K, PL, 1, L, NARROW, ADD, x, y, k, add, r, none, h, w, oh, ow, top, c, low, up)
-                        elif v1 - v0 == 2:
-                            stride(K, PL, 2, L, NARROW, ADD, x, y, k, add, r, none, h, w, oh, ow, top, c, low, up)
-                        elif v1 - v0 == 3:
-                            stride(K, PL, 3, L, NARROW, ADD, x, y, k, add, r, none, h, w, oh, ow, top, c, low, up)
-                        else:
-                            stride(K, PL, 4, L, NARROW, ADD, x, y, k, add, r, none, h, w, oh, ow, top, c, low, up)
+                        stride(K, PL, L, NARROW, ADD, x, y, k, add, r, none, h, w, oh, ow, top, c, low, up)
                     elif MOST == 1 or v1 - v0 == 1:
                         walk(K, PL, PR, 1, L, NARROW, ADD, x, y, k, add, r, h, w, oh, ow, top, c, low, up)
                     elif v1 - v0 == 2:

@@ -15,9 +15,9 @@ from gossamer.core.errors import DispatchError, FormatError
 from gossamer.formats.int4groups import CHUNK, GROUP, Int4Groups
 from gossamer.kernels.cpu import decode
 from gossamer.kernels.cpu.checks import activation_code, need_bias, need_part, need_tokens
+from gossamer.kernels.cpu.decode import finishing_bias
 from gossamer.kernels.cpu.launch import Launch, launch
 from gossamer.kernels.cpu.target import supports
-from gossamer.kernels.cpu.tiledecode import zero_bias
 
 MOST_TOKENS = 4
 
@@ -87,7 +87,7 @@ class Int4Product:
         Args:
             x_TK: float32 or bfloat16 [T, K], contiguous; more than four tokens are taken four at a time.
             bias_M: float32 [M].
-            activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
+            activation: "none", "relu", "relu6", "hard_swish", "gelu" (erf), "gelu_tanh" or "silu".
 
         Raises:
             DispatchError: this processor has no bfloat16 dot product.
@@ -102,7 +102,7 @@ class Int4Product:
         code, rows = activation_code(activation), self.weight.rows
         self._check(x_TK, bias_M)
         y_TM = torch.empty(x_TK.shape[0], rows, dtype=torch.float32, device="cpu")
-        bias_M = zero_bias(rows) if bias_M is None and code else bias_M
+        bias_M = finishing_bias(rows, bias_M, code)
         weight_at = tuple(part.data_ptr() for part in self.weight.parts().values())
         bias_at = 0 if bias_M is None else bias_M.data_ptr()
         size = x_TK.element_size()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gossamer.core.errors import FormatError
 from gossamer.kernels.cpu.arrange import Arranged
-from gossamer.kernels.cpu.checks import activation_code, lies_flat, need_apart, need_bias
+from gossamer.kernels.cpu.checks import activation_code, need_apart, need_bias, need_floats, need_tensor, need_used
 from gossamer.kernels.cpu.launch import Launch, launch
 from gossamer.kernels.cpu.narrow import Narrow
 from gossamer.kernels.cpu.plan import remember
@@ -120,10 +120,7 @@ def _check(kind: torch.dtype, panels: int, width: int, used: int, used_last: int
     line = LINE // kind.itemsize
     if width <= 0 or width % line:
         raise FormatError(f"panels for {kind} are a positive multiple of {line} positions wide, got {width}; pad them")
-    if panels < 0 or not (0 < used <= width and 0 < used_last <= width):
-        raise FormatError(
-            f"used positions lie in 1..{width}, got {used} and {used_last} in the last of {panels} panels"
-        )
+    need_used(panels, width, used, used_last)
     if out_dtype not in OUTPUTS[kind]:
         names = " or ".join(str(dtype) for dtype in OUTPUTS[kind])
         raise FormatError(f"products of {kind} weights write {names}, got {out_dtype}")
@@ -163,22 +160,13 @@ def _check_tensors(
     weights: Narrow, x: Tensor, scales: Tensor | None, bias: Tensor | None, out: Tensor | None, used: int | None
 ) -> None:
     kind = torch.uint8 if weights.dtype == torch.int8 else weights.dtype
-    _need("x", x, (kind,), f"[P, {weights.cols}, W]", x.dim() == 3 and x.shape[1] == weights.cols)
+    need_tensor("x", x, (kind,), f"[P, {weights.cols}, W]", x.dim() == 3 and x.shape[1] == weights.cols)
     need_bias(weights.rows, bias)
     if scales is not None:
         shape = (x.shape[0], x.shape[2])
-        _need("scales of x", scales, (torch.float32,), str(list(shape)), tuple(scales.shape) == shape)
+        need_floats("scales of x", scales, str(list(shape)), tuple(scales.shape) == shape)
         need_scales(scales[:, :used])
     if out is not None:
         shape = (x.shape[0], weights.rows, x.shape[2])
-        _need("out", out, OUTPUTS[weights.dtype], str(list(shape)), tuple(out.shape) == shape)
+        need_tensor("out", out, OUTPUTS[weights.dtype], str(list(shape)), tuple(out.shape) == shape)
         need_apart(out, (x, scales, bias))
-
-
-def _need(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: str, fits: bool) -> None:
-    if not fits or tensor.dtype not in dtypes or not lies_flat(tensor) or not tensor.is_cpu:
-        kinds = " or ".join(str(kind) for kind in dtypes)
-        raise FormatError(
-            f"{name} must be a contiguous {kinds} CPU tensor {shape}, got {tensor.dtype} {tuple(tensor.shape)} on "
-            f"{tensor.device}{'' if lies_flat(tensor) else ', not contiguous'}"
-        )

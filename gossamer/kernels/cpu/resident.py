@@ -111,11 +111,11 @@ def kernel(g: int, index_bytes: int, ordered: int) -> Entry:
                 offset = panel * get(args + Y_PANEL) + first
                 y = get(args + Y) + offset
                 # Sums start from bias and residual in the first block, and from what y holds in later ones.
-                bias_at, bias_step, base_at, bounds = zero, 0, y, 0
+                bias_at, step, base_at, bounds = zero, 0, y, 0
                 if block == 0:
                     base_at = residual + offset if residual != 0 else 0
                     if bias != 0:
-                        bias_at, bias_step = bias, 4
+                        bias_at, step = bias, 4
                 if block == blocks - 1:
                     bounds = get(args + BOUNDS)
                 done, starts = i0, get(args + STARTS) + 4 * (groups * block + i0)
@@ -127,141 +127,39 @@ def kernel(g: int, index_bytes: int, ordered: int) -> Entry:
                     places, own = 0, i * G
                     if R:
                         places, own = order + 8 * i * G, 0
-                    to, to_row, base, add = y + own * row, row, 0, bias_at + own * bias_step
+                    to, to_row, base, add = y + own * row, row, 0, bias_at + own * step
                     if base_at != 0:
                         base = base_at + own * row
                     ragged = i == whole
                     if ragged:
                         if block == 0:
-                            ragged_start(held, 4 * count, add, bias_step, rows - i * G, base, row, G, count, places)
+                            ragged_start(held, 4 * count, add, step, rows - i * G, base, row, G, count, places)
                         places = order + 8 * groups * G
                         to, to_row, base, add = held + 64, 4 * count, held + 64, held if block == 0 else zero
-                        bias_step = 4 if block == 0 else 0
+                        step = 4 if block == 0 else 0
                     if wide == 1:
                         product_tile(
-                            G,
-                            1,
-                            L,
-                            B,
-                            R,
-                            e,
-                            s,
-                            indices,
-                            values,
-                            x,
-                            row,
-                            to,
-                            to_row,
-                            base,
-                            add,
-                            bias_step,
-                            bounds,
-                            places,
+                            G, 1, L, B, R, e, s, indices, values, x, row, to, to_row, base, add, step, bounds, places
                         )
                     elif wide == 2:
                         product_tile(
-                            G,
-                            V2,
-                            L,
-                            B,
-                            R,
-                            e,
-                            s,
-                            indices,
-                            values,
-                            x,
-                            row,
-                            to,
-                            to_row,
-                            base,
-                            add,
-                            bias_step,
-                            bounds,
-                            places,
+                            G, V2, L, B, R, e, s, indices, values, x, row, to, to_row, base, add, step, bounds, places
                         )
                     elif wide == 3:
                         product_tile(
-                            G,
-                            V3,
-                            L,
-                            B,
-                            R,
-                            e,
-                            s,
-                            indices,
-                            values,
-                            x,
-                            row,
-                            to,
-                            to_row,
-                            base,
-                            add,
-                            bias_step,
-                            bounds,
-                            places,
+                            G, V3, L, B, R, e, s, indices, values, x, row, to, to_row, base, add, step, bounds, places
                         )
                     elif wide == 4:
                         product_tile(
-                            G,
-                            V4,
-                            L,
-                            B,
-                            R,
-                            e,
-                            s,
-                            indices,
-                            values,
-                            x,
-                            row,
-                            to,
-                            to_row,
-                            base,
-                            add,
-                            bias_step,
-                            bounds,
-                            places,
+                            G, V4, L, B, R, e, s, indices, values, x, row, to, to_row, base, add, step, bounds, places
                         )
                     elif wide == 5:
                         product_tile(
-                            G,
-                            V5,
-                            L,
-                            B,
-                            R,
-                            e,
-                            s,
-                            indices,
-                            values,
-                            x,
-                            row,
-                            to,
-                            to_row,
-                            base,
-                            add,
-                            bias_step,
-                            bounds,
-                            places,
+                            G, V5, L, B, R, e, s, indices, values, x, row, to, to_row, base, add, step, bounds, places
                         )
                     else:
                         product_tile(
-                            G,
-                            V6,
-                            L,
-                            B,
-                            R,
-                            e,
-                            s,
-                            indices,
-                            values,
-                            x,
-                            row,
-                            to,
-                            to_row,
-                            base,
-                            add,
-                            bias_step,
-                            bounds,
-                            places,
+                            G, V6, L, B, R, e, s, indices, values, x, row, to, to_row, base, add, step, bounds, places
                         )
                     s = e
                     if block == blocks - 1:

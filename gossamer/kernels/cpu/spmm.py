@@ -61,7 +61,7 @@ def spmm(
         stream: the weights W [M, K].
         x_TK: float32 [T, K], contiguous, any T >= 0; or the `Panels` of an earlier layer.
         bias_M: float32 [M].
-        activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
+        activation: "none", "relu", "relu6", "hard_swish", "gelu" (erf), "gelu_tanh" or "silu".
         out: where to write, [T, M] or `Panels`; made when None, in the layout of x. It may not overlap x.
 
     Raises:

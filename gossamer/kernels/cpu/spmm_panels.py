@@ -13,7 +13,7 @@ from torch import Tensor
 from gossamer.core.errors import FormatError
 from gossamer.kernels.cpu.arrange import Arranged, arrange
 from gossamer.kernels.cpu.bands import Bands, Part
-from gossamer.kernels.cpu.checks import activation_code, need_bias, need_floats, overlap
+from gossamer.kernels.cpu.checks import activation_code, need_bias, need_floats, need_used, overlap
 from gossamer.kernels.cpu.launch import Launch, launch
 from gossamer.kernels.cpu.narrow import Narrow
 from gossamer.kernels.cpu.narrow_panels import multiply, plan_narrow
@@ -111,10 +111,7 @@ def _no_residual(given: bool) -> None:
 def _check(panels: int, width: int, used: int, used_last: int) -> None:
     if width <= 0 or width % LINE:
         raise FormatError(f"panels are a positive multiple of {LINE} positions wide, got {width}; pad them")
-    if panels < 0 or not (0 < used <= width and 0 < used_last <= width):
-        raise FormatError(
-            f"used positions lie in 1..{width}, got {used} and {used_last} in the last of {panels} panels"
-        )
+    need_used(panels, width, used, used_last)
 
 
 def _lay_out(

@@ -61,11 +61,6 @@ class Stream:
         return self.starts_BG.data_ptr(), self.indices_E.data_ptr(), self.values_EG.data_ptr()
 
     @cached_property
-    def offsets_by_geometry(self) -> dict:
-        """Entry offsets of convolutions, made on first use of each image width."""
-        return {}
-
-    @cached_property
     def arrangements(self) -> dict:
         """Copies of the entries in the order of wide products, made on first use."""
         return {}

@@ -15,12 +15,12 @@ from gossamer.core.errors import DispatchError, FormatError
 from gossamer.formats.tilebitmask import READ_AHEAD, ROWS, TileBitmask
 from gossamer.kernels.cpu import decode
 from gossamer.kernels.cpu.checks import activation_code, need_bias, need_tokens
+from gossamer.kernels.cpu.decode import finishing_bias
 from gossamer.kernels.cpu.launch import Launch, launch
 from gossamer.kernels.cpu.target import features, supports
 
 MOST_TOKENS = 8
 _FLOATS = (torch.float32, torch.bfloat16)
-_zeros: dict[int, Tensor] = {}
 
 
 @cache
@@ -92,7 +92,7 @@ class TileProduct:
         Args:
             x_TK: float32 or bfloat16 [T, K], contiguous; more than eight tokens are taken eight at a time.
             bias_M: float32 [M].
-            activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
+            activation: "none", "relu", "relu6", "hard_swish", "gelu" (erf), "gelu_tanh" or "silu".
 
         Raises:
             DispatchError: this processor has no expanding loads; use a format that `spmm` serves.
@@ -107,7 +107,7 @@ class TileProduct:
         code, rows = activation_code(activation), self.weight.rows
         self._check(x_TK, bias_M)
         y_TM = torch.empty(x_TK.shape[0], rows, dtype=torch.float32, device="cpu")
-        bias_M = zero_bias(rows) if bias_M is None and code else bias_M
+        bias_M = finishing_bias(rows, bias_M, code)
         weight_at = tuple(part.data_ptr() for part in self.weight.parts().values())
         bias_at = 0 if bias_M is None else bias_M.data_ptr()
         size = x_TK.element_size()
@@ -130,10 +130,3 @@ class TileProduct:
     def _check(self, x_TK: Tensor, bias_M: Tensor | None) -> None:
         need_tokens(x_TK, self.weight.cols)
         need_bias(self.weight.rows, bias_M)
-
-
-def zero_bias(rows: int) -> Tensor:
-    """The kernel finishes outputs only where there is a bias, so an activation alone takes a bias of zeros."""
-    if rows not in _zeros:
-        _zeros[rows] = torch.zeros(rows, dtype=torch.float32, device="cpu")
-    return _zeros[rows]

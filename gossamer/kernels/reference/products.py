@@ -27,7 +27,7 @@ def spmm_reference(fmt: Format, x_TK: Tensor, bias_M: Tensor | None = None, acti
         fmt: the stored weight [M, K].
         x_TK: activations, one token a row, any number of rows.
         bias_M: added before the activation.
-        activation: "none", "relu", "gelu" (erf), "gelu_tanh" or "silu".
+        activation: "none", "relu", "relu6", "hard_swish", "gelu" (erf), "gelu_tanh" or "silu".
 
     Example:
         >>> spmm_reference(CSR.from_dense(torch.eye(2)), torch.ones(1, 2)).tolist()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ...kernels.cpu.window import same_padding
 from ..operators import Combine, Geometry, Product
 from .graphs import (
     ATEN,
@@ -55,8 +56,7 @@ def _geometry(node: fx.Node, weight: Tensor) -> Geometry | None:
     padding, groups = argument(node, 4, "padding", 0), argument(node, 6, "groups", 1)
     kernel = (weight.shape[2], weight.shape[3])
     if padding == "same":
-        high, wide = ((k - 1) * d for k, d in zip(kernel, dilation))
-        around = (high // 2, wide // 2, high - high // 2, wide - wide // 2)
+        around = same_padding(kernel, (1, 1), dilation, 1, 1)
     else:
         high, wide = (0, 0) if padding == "valid" else pair(padding)
         around = (high, wide, high, wide)
