@@ -8,6 +8,7 @@ from torch import nn
 
 import gossamer
 from gossamer.core.errors import BudgetError, CalibrationError, GossamerError, UnknownName
+from gossamer.deploy import processes
 from gossamer.deploy.engines import available, engines, first_item, measure_engines, time_here
 from gossamer.deploy.export import export_onnx, named_inputs
 from gossamer.deploy.worker import _difference, _times
@@ -88,15 +89,14 @@ def test_an_engine_with_wrong_results_is_refused(batch, monkeypatch):
 
 
 def test_an_engine_that_dies_leaves_a_note_and_the_others_their_times(batch, monkeypatch):
-    module = sys.modules["gossamer.deploy.engines"]
-    take_turn = module._Worker.take_turn
+    take_turn = processes.Worker.take_turn
 
     def killed(self, seconds, times):
         self.process.kill()
         self.process.wait()
         return take_turn(self, seconds, times)
 
-    monkeypatch.setattr(module._Worker, "take_turn", killed)
+    monkeypatch.setattr(processes.Worker, "take_turn", killed)
     (line,) = measure_engines(bert(), batch, threads=(1,), seconds_each=0.05, rounds=2, include=["torch"])
     assert line.latency_ms is None and "process ended" in line.note
 
