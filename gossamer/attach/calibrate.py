@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..core.errors import CalibrationError, NonFiniteError
 from ..core.sparsifier import Stats
+from .recurrent import RECURRENT
 from .targets import Target
 
 # Keys and values of cross-attention in transformers' encoder-decoders: T5, BART and OPT-style, BERT.
@@ -271,6 +272,8 @@ _FINISH = {"input_norm": lambda s, n: (s / n).sqrt(), "gram": lambda s, n: s / n
 
 def without_statistics(module: nn.Module) -> str | None:
     """Why a layer's input has no column statistics; None when it has."""
+    if isinstance(module, RECURRENT):
+        return "the weights of a recurrent layer meet hidden states, which calibration does not see"
     if isinstance(module, nn.Conv3d):
         return "statistics of 3-D convolutions are not collected"
     if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
@@ -288,10 +291,10 @@ def columns(x: Tensor, module: nn.Module) -> Tensor:
     Raises:
         CalibrationError: the layer has no column statistics (`without_statistics` says why).
     """
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        return x.reshape(-1, x.shape[-1])
     if reason := without_statistics(module):
         raise CalibrationError(f"{reason}; skip it, or prune it by magnitude")
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return x.reshape(-1, x.shape[-1])
     flat = isinstance(module, nn.Conv1d)
     lead = (lambda first, rest: (first, *rest)) if flat else (lambda first, rest: rest)
     cols_BKL = torch.nn.functional.unfold(

@@ -30,7 +30,7 @@ class DenseGradients:
         """Catch from the next forward pass on."""
         self.off()
         for t in self.targets:
-            original = t.module(self.model).parametrizations.weight.original
+            original = t.parametrization(self.model).original
             if original.requires_grad:
                 self.mask(t).listening = True
                 hook = original.register_post_accumulate_grad_hook(_catch(self._caught, t.name, self.mask(t)))
@@ -48,7 +48,7 @@ class DenseGradients:
     def take(self) -> dict[str, Tensor]:
         """What was caught, by layer, as stored; the mean over ranks where several train together."""
         sharded = {n: whole(g) for n, g in self._caught.items() if is_sharded(g)}  # the mean already
-        originals = {t.name: t.module(self.model).parametrizations.weight.original for t in self.targets}
+        originals = {t.name: t.parametrization(self.model).original for t in self.targets}
         # A backward pass may reach other layers on this rank than on the next.
         held = {n: w.detach() for n, w in originals.items() if w.requires_grad and not is_sharded(w)}
         return mean_over_ranks({n: g for n, g in self._caught.items() if n not in sharded}, held) | sharded

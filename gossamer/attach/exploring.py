@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from ..core.errors import TargetError
@@ -17,6 +16,7 @@ from ..core.support import Support
 from .handle import Handle
 from .masked import Masked
 from .pull import before_step
+from .recurrent import put_behind
 from .sharded import is_sharded
 from .targets import Target, sharers, slots
 
@@ -54,9 +54,9 @@ class ExploringHandle(Handle):
         return {t.name: Support(self._mask(t).learning) for t in self.targets}
 
     def _hold(self, target: Target) -> None:
-        mask = Explored(torch.ones_like(target.module(self.model).weight, dtype=torch.bool))
-        for module in sharers(self.model, target):
-            parametrize.register_parametrization(module, "weight", mask)
+        mask = Explored(torch.ones_like(target.stored(self.model), dtype=torch.bool))
+        for module, tensor in sharers(self.model, target):
+            put_behind(mask, module, tensor)
 
     @property
     def _explore(self) -> Explore:

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from ..core.dropgrow import DropGrow
@@ -23,6 +22,7 @@ from .masked import Masked
 from .meter import Meter
 from .moving import moved
 from .pull import pull
+from .recurrent import let_go, put_behind
 from .report import LayerReport, TrainingReport
 from .sharded import is_sharded, own, part_of, whole
 from .tally import Tally
@@ -137,7 +137,7 @@ class Handle:
     @property
     def held(self) -> bool:
         """False once the masks were taken away."""
-        return all(parametrize.is_parametrized(t.module(self.model), "weight") for t in self.targets)
+        return all(t.held(self.model) for t in self.targets)
 
     def observe(self, *args: object, **kwargs: object) -> None:
         """Run the model once on a batch to count each layer's positions, as `report` needs where it is compiled.
@@ -163,10 +163,10 @@ class Handle:
         self._stop_pulling()
         for t in self.targets:
             self._mask(t).shrink, self._mask(t).fade = hard, None  # what has not faded yet goes as well
-            for module in sharers(self.model, t):
+            for module, tensor in sharers(self.model, t):
                 if self.sparsifier.backward is not None:
                     close_back(module)
-                parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+                let_go(module, tensor)
         return self.model
 
     def state_dict(self) -> dict[str, object]:
@@ -194,10 +194,10 @@ class Handle:
 
     def _hold(self, target: Target) -> None:
         two_way = self.sparsifier.backward is not None
-        everything = torch.ones_like(target.module(self.model).weight, dtype=torch.bool)
+        everything = torch.ones_like(target.stored(self.model), dtype=torch.bool)
         mask = Masked(everything, self.sparsifier.shrink, two_way=two_way)
-        for module in sharers(self.model, target):  # tied layers share one mask
-            parametrize.register_parametrization(module, "weight", mask)
+        for module, tensor in sharers(self.model, target):  # tied layers share one mask
+            put_behind(mask, module, tensor)
             if two_way:
                 open_back(module)
 
@@ -227,10 +227,10 @@ class Handle:
         return DenseGradients(self.model, self.targets, self._mask)
 
     def _mask(self, target: Target) -> Masked:
-        return target.module(self.model).parametrizations.weight[0]
+        return target.parametrization(self.model)[0]  # type: ignore[return-value]
 
     def _original(self, target: Target) -> nn.Parameter:
-        return target.module(self.model).parametrizations.weight.original
+        return target.parametrization(self.model).original  # type: ignore[return-value]
 
     def _view(self, target: Target) -> Tensor:
         return target.turned(whole(self._original(target).detach()))

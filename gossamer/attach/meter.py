@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..core.errors import TargetError
+from .recurrent import RECURRENT, states_width
 from .targets import Target, sharers
 
 
@@ -18,9 +19,10 @@ class Flops:
     """Floating-point operations of the held layers since training began, a multiply and an add each one.
 
     Per step and layer, with n entries of which k are kept, learning ones l, and P positions (rows of the layer's
-    output: samples × tokens or pixels): forward 2kP, backward 2bP for the inputs and 2lP for the weights. b is k, or
-    what the support of the backward pass keeps where it has one; l is n in steps that need the dense gradient, else k.
-    While pruned weights still count for something in the forward pass, k and b are n. Dense training would take 6nP.
+    output: samples × tokens, pixels or time steps): forward 2kP, backward 2bP for the inputs and 2lP for the weights.
+    b is k, or what the support of the backward pass keeps where it has one; l is n in steps that need the dense
+    gradient, else k. While pruned weights still count for something in the forward pass, k and b are n. Dense training
+    would take 6nP.
 
     Args:
         forward, backward: with every zero skipped. The masked path computes dense; sparse kernels earn this.
@@ -56,9 +58,9 @@ class Meter:
         self.rest()
         self.positions = {}
         self._hooks = [
-            module.register_forward_hook(_count(self.positions, t.name, t.weight(model).shape[0]))
+            module.register_forward_hook(_count(self.positions, t.name, _width(module, t.weight(model))))
             for t in targets
-            for module in sharers(model, t)
+            for module, _ in sharers(model, t)
         ]
 
     def observe(
@@ -125,9 +127,16 @@ class Meter:
             self.positions = dict(state["positions"])  # type: ignore[call-overload]
 
 
-def _count(positions: dict[str, int], name: str, outputs: int) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[object, ...], output: Tensor) -> None:
+def _width(module: nn.Module, weight: Tensor) -> int:
+    """Numbers that a layer puts out per position."""
+    return states_width(module) if isinstance(module, RECURRENT) else weight.shape[0]
+
+
+def _count(positions: dict[str, int], name: str, width: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[object, ...], output: Tensor | tuple) -> None:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            positions[name] = positions.get(name, 0) + output.numel() // max(outputs, 1)
+            while isinstance(output, tuple):  # of recurrent layers: (states, last state), packed or not
+                output = output[0]
+            positions[name] = positions.get(name, 0) + output.numel() // max(width, 1)
 
     return hook

@@ -43,7 +43,7 @@ def refuse_one_way(model: nn.Module, target: Target) -> None:
         raise TargetError(
             f"layer {target.name!r} is a {type(module).__name__}, whose backward pass cannot be changed; skip= it"
         )
-    if any("forward" in layer.__dict__ for layer in sharers(model, target)):
+    if any("forward" in layer.__dict__ for layer, _ in sharers(model, target)):
         raise TargetError(
             f"the forward of layer {target.name!r} is replaced already (other libraries do that to call hooks), and "
             "cannot be replaced again; take that away first, or skip= the layer"

@@ -92,7 +92,7 @@ def attach(
     _refuse_sharded(model, found)
     built = None if optimizer == "later" else optimizer
     if built is not None:
-        refuse_foreign(built, {t.name: t.module(model).weight for t in found})
+        refuse_foreign(built, {t.name: t.stored(model) for t in found})
     chosen = _handle(backend, model, found, sparsifier, optimizer)
     allocation = _own_allocation(sparsifier) if allocation is None else allocation
     trial = Trial.of(data, loss) if data is not None and tries_out(sparsifier, allocation) else None
@@ -170,7 +170,7 @@ def _refuse_what_training_lacks(sparsifier: Sparsifier, optimizer: torch.optim.O
 
 def _refuse_sharded(model: nn.Module, targets: Sequence[Target]) -> None:
     for t in targets:
-        if is_sharded(t.module(model).weight):
+        if is_sharded(t.stored(model)):
             raise TargetError(
                 f"layer {t.name!r} is sharded already; attach before fully_shard, with optimizer='later', and call "
                 "handle.follow(optimizer) once the optimizer is built"

@@ -27,7 +27,7 @@ def train(
     out: Annotated[str, typer.Option(help="Folder of the run; the recipe's name with -run unless given.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Train a network of a built-in task (teacher, clothes-cnn, clothes-vit, wikitext-llama), dense or sparse.
+    """Train a network of a built-in task (teacher, clothes-cnn, ucr-cnn, wikitext-lstm, ...), dense or sparse.
 
     Leaves model.safetensors, run.json, metrics.jsonl (grows while training) and report.html. Ctrl-C saves the step;
     after that, or after a crash, the same command goes on and ends as if nothing had happened.

@@ -326,6 +326,6 @@ class _Run:
     def _map(self, target: Target, kind: str) -> None:
         """Let the parameter be a view of its file: the page cache, not the heap, holds it."""
         w = self.journal.mapped(target.name, kind=kind)  # type: ignore[union-attr]
-        target.module(self.model).weight.data = w.t() if target.transposed else w
+        target.stored(self.model).data = w.t() if target.transposed else w
         if kind == "pruned":
             self.journal.forget(target.name, kind="dense")  # type: ignore[union-attr]

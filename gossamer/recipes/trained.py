@@ -16,7 +16,7 @@ RUN, WEIGHTS = "run.json", "model.safetensors"
 
 @dataclass(frozen=True)
 class TrainedLayer:
-    """One linear or convolution layer at the end of the run: links kept of its size, and its outputs and dead ends."""
+    """A linear or convolution layer, or a weight of a recurrent one, at the end: links kept of its size, dead ends."""
 
     name: str
     kept: int
@@ -37,7 +37,7 @@ class TrainedRun:
         quality_label: the one that counts.
         higher_is_better: False for errors and perplexity.
         nonzeros, parameters: of all weights and biases together.
-        layers: the linear and convolution layers.
+        layers: the linear, convolution and recurrent layers, one entry per weight.
         flops: training FLOPs of these layers with every zero skipped.
         dense_flops: the same steps of the dense layers.
         start_flops: spent on the network that this run started from, and those before it; 0 for a new one.

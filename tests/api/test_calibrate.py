@@ -196,7 +196,7 @@ def test_errors_say_what_and_how() -> None:
         stream(model, [bad], targets, lambda a: Collector(("input_norm",))(a, a.target.module(model)))
     with pytest.raises(TargetError, match=r"matches none.*'3'"):
         find(model, ["33"])
-    with pytest.raises(TargetError, match="no linear or convolution"):
+    with pytest.raises(TargetError, match="no linear, convolution or recurrent"):
         find(nn.Sequential(nn.ReLU()))
 
 

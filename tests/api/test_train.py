@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from gossamer.core.errors import FileDamaged, GossamerError, NonFiniteError, TargetError, UnknownName
 from gossamer.data.tasks import TASKS, lot, task
 from gossamer.data.tasks.clothes import Net, Transformer
-from gossamer.data.tasks.wikitext import Llama
+from gossamer.data.tasks.series import TimeNet
+from gossamer.data.tasks.wikitext import LSTM, Llama
 from gossamer.recipes import train as recipe
 from gossamer.recipes.plan import Plan
 from gossamer.recipes.train import train
@@ -129,19 +130,25 @@ def test_every_sample_comes_once_an_epoch():
 
 
 def test_the_networks_of_the_tasks_have_the_size_that_they_say():
-    assert set(TASKS) == {"clothes-cnn", "clothes-vit", "teacher", "wikitext-llama"}
+    assert set(TASKS) == {"clothes-cnn", "clothes-vit", "teacher", "ucr-cnn", "wikitext-llama", "wikitext-lstm"}
     x = torch.zeros(2, 1, 28, 28)
     for network, weights in ((Net(16), 106), (Transformer(), 450)):
         assert network(x).shape == (2, 10)
         assert round(sum(p.numel() for p in network.parameters() if p.ndim > 1) / 1000) == weights
+    series = TimeNet()
+    assert series(torch.zeros(2, 46)).shape == (2, 24)
+    assert sum(p.numel() for p in series.parameters() if p.ndim > 1) == 67520
+    lstm = LSTM()
+    assert sum(p.numel() for n, p in lstm.named_parameters() if p.ndim > 1 and n != "embed.weight") == 393216
     llama = Llama()
     assert sum(m.weight.numel() for m in llama.modules() if isinstance(m, torch.nn.Linear)) == 811008
 
 
-def test_the_language_model_sees_no_byte_that_comes_later():
+@pytest.mark.parametrize("kind", [Llama, LSTM])
+def test_a_language_model_sees_no_byte_that_comes_later(kind):
     torch.manual_seed(0)
-    llama, text = Llama(), torch.randint(256, (1, 16))
+    model, text = kind(), torch.randint(256, (1, 16))
     other = text.clone()
     other[0, 10] = (other[0, 10] + 1) % 256
-    change = (llama(text) - llama(other)).abs().amax(-1)[0]
+    change = (model(text) - model(other)).abs().amax(-1)[0]
     assert not change[:10].any() and change[10:].all()

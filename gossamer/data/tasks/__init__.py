@@ -6,15 +6,18 @@ from collections.abc import Callable
 
 from ...core.errors import unknown
 from .clothes import clothes_cnn, clothes_vit
+from .series import ucr_cnn
 from .task import Batch, Task, lot
 from .teacher import teacher
-from .wikitext import wikitext_llama
+from .wikitext import wikitext_llama, wikitext_lstm
 
 TASKS: dict[str, Callable[[], Task]] = {
     "clothes-cnn": clothes_cnn,
     "clothes-vit": clothes_vit,
     "teacher": teacher,
+    "ucr-cnn": ucr_cnn,
     "wikitext-llama": wikitext_llama,
+    "wikitext-lstm": wikitext_lstm,
 }
 
 __all__ = ["TASKS", "Batch", "Task", "lot", "task"]

@@ -1,4 +1,4 @@
-"""WikiText-2 byte by byte, by a small Llama-style network: no tokenizer, and a figure that needs none.
+"""WikiText-2 byte by byte, by a small Llama-style network or a small LSTM: no tokenizer, and a figure that needs none.
 
 Shape suffixes: N windows, T bytes, D width, A heads, E width of a head, V the 256 bytes.
 """
@@ -6,6 +6,7 @@ Shape suffixes: N windows, T bytes, D width, A heads, E width of a head, V the 2
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -20,10 +21,19 @@ WINDOW, TESTED = 128, 512
 
 def wikitext_llama() -> Task:
     """Four blocks of width 128 on windows of 128 bytes, 811,000 weights in linear layers."""
+    return _task("wikitext-llama", "WikiText-2 by bytes, Llama-style network", Llama)
+
+
+def wikitext_lstm() -> Task:
+    """One LSTM layer of width 256 on windows of 128 bytes, 393,000 weights in it and in the output."""
+    return _task("wikitext-lstm", "WikiText-2 by bytes, LSTM", LSTM)
+
+
+def _task(name: str, title: str, build: Callable[[], nn.Module]) -> Task:
     return Task(
-        name="wikitext-llama",
-        title="WikiText-2 by bytes, Llama-style network",
-        build=Llama,
+        name=name,
+        title=title,
+        build=build,
         batch=_batch,
         loss=lambda out_NTV, next_NT: functional.cross_entropy(out_NTV.flatten(0, 1), next_NT.flatten()),
         measure=_measure,
@@ -67,6 +77,19 @@ class Llama(nn.Module):
 
     def forward(self, bytes_NT: Tensor) -> Tensor:
         return self.out(self.norm(self.blocks(self.embed(bytes_NT))))
+
+
+class LSTM(nn.Module):
+    """Bytes in, the next byte's logits out; each window begins with an empty state."""
+
+    def __init__(self, width: int = 256, embedding: int = 64) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(256, embedding)
+        self.lstm = nn.LSTM(embedding, width, batch_first=True)
+        self.out = nn.Linear(width, 256)
+
+    def forward(self, bytes_NT: Tensor) -> Tensor:
+        return self.out(self.lstm(self.embed(bytes_NT))[0])
 
 
 def _turned(x_NATE: Tensor) -> Tensor:
