@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from ..core.dropgrow import DropGrow
 from ..core.errors import TargetError
 from ..core.schedule import at
-from ..core.shrink import StraightThrough, hard
+from ..core.shrink import StraightThrough, fade_of, hard
 from ..core.sparsifier import Sparsifier, require_finite
 from ..core.support import Support
 from ..score import salt
@@ -217,9 +217,9 @@ class Handle:
 
     def _fade(self) -> None:
         """The forward pass to come sees pruned weights as far faded as they are by now."""
-        shrink = self.sparsifier.shrink
-        self._left = at(shrink.fade, self.steps) if isinstance(shrink, StraightThrough) else 0.0
-        if isinstance(shrink, StraightThrough) and callable(shrink.fade):
+        fade = fade_of(self.sparsifier.shrink)
+        self._left = at(fade, self.steps)
+        if callable(fade):
             for t in self.targets:
                 self._mask(t).fade.fill_(self._left)
 
@@ -298,9 +298,14 @@ class Handle:
     def _listen(self) -> None:
         (self._gradients.on if self._listens() else self._gradients.off)()
 
+    @property
+    def _cuts(self) -> bool:
+        """What is pruned is 0 and learns no more."""
+        return self.sparsifier.shrink is hard
+
     def _project(self) -> None:
         """Pruned weights, and every optimizer slot shaped like them, are exactly zero."""
-        if self.sparsifier.shrink is not hard:
+        if not self._cuts:
             return
         with torch.no_grad():
             for t in self.targets:
@@ -324,7 +329,7 @@ class Handle:
 
     def _learning(self) -> Mapping[str, int]:
         """Entries whose gradient the last step computed."""
-        dense = self.sparsifier.shrink is not hard or any(self._mask(t).listening for t in self.targets)
+        dense = not self._cuts or any(self._mask(t).listening for t in self.targets)
         return self._meter.sizes if dense else self._counts()
 
     def _layer_report(self, target: Target) -> LayerReport:

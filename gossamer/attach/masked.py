@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..core.shrink import Shrink, StraightThrough, hard, straight_through
+from ..core.shrink import Shrink, fade_of, hard, straight_through
 from ..core.support import Support
 
 
@@ -25,7 +25,7 @@ class Masked(nn.Module):
         super().__init__()
         self.register_buffer("mask", kept)
         self.register_buffer("back", kept.clone() if two_way else None)
-        fades = isinstance(shrink, StraightThrough) and callable(shrink.fade)
+        fades = callable(fade_of(shrink))
         self.register_buffer("fade", torch.ones((), device=kept.device) if fades else None)
         self.shrink = shrink
         self.listening = False

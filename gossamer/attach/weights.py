@@ -16,10 +16,11 @@ from ..core.errors import BudgetError, TargetError, unknown
 from ..core.pattern import Pattern
 from ..core.policy import OneShot
 from ..core.registry import get_method
-from ..core.shrink import StraightThrough, hard
+from ..core.shrink import Attenuate, StraightThrough, hard
 from ..core.sparsifier import Sparsifier
 from ..core.support import Support
 from ..score.trial import Loss, Trial
+from .attenuating import AttenuatingHandle
 from .exploring import ExploringHandle
 from .fit import part_in_steps
 from .handle import Handle
@@ -104,6 +105,8 @@ def attach(
 def _handle(
     backend: str, model: nn.Module, targets: Sequence[Target], sparsifier: Sparsifier, optimizer: object
 ) -> type[Handle]:
+    if backend == "masked" and isinstance(sparsifier.shrink, Attenuate):
+        return AttenuatingHandle
     if backend == "masked":
         return ExploringHandle if sparsifier.explore else Handle
     if backend != "sparse":
@@ -148,9 +151,10 @@ def _own_allocation(sparsifier: Sparsifier) -> str:
 
 def _refuse_what_training_lacks(sparsifier: Sparsifier, optimizer: torch.optim.Optimizer | str | None) -> None:
     shrink = sparsifier.shrink
-    if shrink is not hard and not isinstance(shrink, StraightThrough):
+    if shrink is not hard and not isinstance(shrink, StraightThrough | Attenuate):
         raise TargetError(
-            f"attach keeps values hard or lets gradients straight through, but {sparsifier.name!r} asks for {shrink}; "
+            f"attach keeps values hard, lets gradients straight through or shrinks by a share, but {sparsifier.name!r} "
+            f"asks for {shrink}; "
             "parametrize with that rule yourself, or use shrink=hard"
         )
     if optimizer is None and (part := part_in_steps(sparsifier)):

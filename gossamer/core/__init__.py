@@ -10,13 +10,14 @@ from .registry import Method, get_method, method, methods
 from .regroup import regroup, select_regrouped
 from .schedule import Constant, Cosine, Cubic, Exponential, Linear, Schedule, Step, Until
 from .select import select, select_across
-from .shrink import Shrink, StraightThrough, hard, soft, straight_through
+from .shrink import Attenuate, Shrink, StraightThrough, hard, soft, straight_through
 from .sparsifier import Score, Solver, Sparsifier, Stats, budget_for
 from .support import Support
 
 __all__ = [
     "Above",
     "Always",
+    "Attenuate",
     "Budget",
     "Constant",
     "Cosine",

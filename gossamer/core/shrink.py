@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import BudgetError
-from .schedule import Schedule, at
+from .schedule import Schedule, Step, at
 from .support import Support
 
 Shrink = Callable[[Tensor, Support], Tensor]
@@ -86,3 +86,50 @@ class StraightThrough:
 
 
 straight_through = StraightThrough()
+
+
+@dataclass(frozen=True)
+class Attenuate:
+    """Shrink by a share: after every optimizer step w on the support and ratio·w off it; from the cut on 0 off it.
+
+    Before the cut the forward pass sees all weights as they stand and all of them learn, so a weight that matters after
+    all grows back; a pruned one without a gradient falls to ratio^t of itself.
+
+    Args:
+        ratio: α, what one step leaves of a pruned weight, 0 to 1.
+        until: step of the cut, at least 1. Unit: optimizer steps.
+
+    Raises:
+        BudgetError: a field is out of range.
+
+    Reference: Wang et al., Iterative Soft Shrinkage, arXiv:2303.09650.
+    """
+
+    ratio: float = 0.95
+    until: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ratio <= 1.0:
+            raise BudgetError(f"ratio is what a step leaves of a pruned weight, from 0 to 1, got {self.ratio}")
+        if self.until < 1:
+            raise BudgetError(f"pruned weights shrink for a step or more, got until={self.until}")
+
+    def __call__(self, w: Tensor, support: Support, fade: Tensor | None = None) -> Tensor:
+        """What a step makes of w; with `fade`, 1 or 0, what the forward pass sees before or after the cut."""
+        if fade is None:
+            return torch.where(support.kept, w, w * self.ratio)
+        return torch.where(support.kept | (fade > 0), w, torch.zeros((), dtype=w.dtype, device=w.device))
+
+    def at(self, step: int) -> Shrink:
+        """The rule as it stands after `step` optimizer steps."""
+        return self if step < self.until else hard
+
+    @property
+    def fade(self) -> Schedule:
+        """What the forward pass leaves of a pruned weight."""
+        return Step(1.0, ((self.until, 0.0),))
+
+
+def fade_of(shrink: Shrink) -> float | Schedule:
+    """What is left of a pruned weight in the forward pass: a number, or a schedule of it."""
+    return shrink.fade if isinstance(shrink, StraightThrough | Attenuate) else 0.0

@@ -15,7 +15,7 @@ from .policy import OneShot, Policy
 from .regroup import regroup, select_regrouped
 from .schedule import Schedule, Span, at
 from .select import select, select_across
-from .shrink import Shrink, StraightThrough, hard
+from .shrink import Attenuate, Shrink, StraightThrough, hard
 from .support import Support
 
 Stats = Mapping[str, Tensor]
@@ -85,7 +85,7 @@ class Sparsifier:
                 )
             return self._solved(w, stats, step)
         support = self.choose(self.score(w, stats), within=within, step=step)
-        shrink = self.shrink.at(step) if isinstance(self.shrink, StraightThrough) else self.shrink
+        shrink = self.shrink.at(step) if isinstance(self.shrink, StraightThrough | Attenuate) else self.shrink
         return shrink(w, support), support
 
     def choose(self, scores: Tensor, *, within: Support | None = None, step: int = 0) -> Support:

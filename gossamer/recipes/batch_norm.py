@@ -39,7 +39,7 @@ def reestimate_batch_norms(model: nn.Module, batches: Iterable[object]) -> nn.Mo
         m.train()
     try:
         for batch in batches:
-            _run(model, batch)
+            feed(model, batch)
     finally:
         for m, momentum in zip(norms, momenta):
             m.momentum = momentum
@@ -48,7 +48,8 @@ def reestimate_batch_norms(model: nn.Module, batches: Iterable[object]) -> nn.Mo
     return model
 
 
-def _run(model: nn.Module, batch: object) -> None:
+def feed(model: nn.Module, batch: object) -> None:
+    """Call the model with a tensor, a tuple of arguments, or a mapping of arguments by name."""
     if isinstance(batch, Mapping):
         model(**batch)
     else:

@@ -17,7 +17,7 @@ from ..attach.weights import hold
 from ..core.errors import BudgetError, TargetError
 from ..core.policy import OneShot
 from ..core.registry import get_method
-from ..core.sparsifier import Sparsifier, require_finite
+from ..core.sparsifier import Sparsifier, Stats, require_finite
 from ..core.support import Support
 
 State = dict[str, Tensor]
@@ -106,13 +106,21 @@ def rules(
 
 
 def choose_within(
-    model: nn.Module, targets: Sequence[Target], sparsifier: Sparsifier, within: Mapping[str, Support] | None = None
+    model: nn.Module,
+    targets: Sequence[Target],
+    sparsifier: Sparsifier,
+    within: Mapping[str, Support] | None = None,
+    stats: Mapping[str, Stats] | None = None,
 ) -> dict[str, Support]:
-    """The support of every layer by its weights of now, in the layout they are stored in, inside earlier supports."""
+    """The support of every layer by its weights of now, in the layout they are stored in, inside earlier supports.
+
+    Args:
+        stats: of each layer by name, outputs first, where the sparsifier's score goes by more than the weights.
+    """
     weights = {t.name: t.weight(model).detach() for t in targets}
     for name, w in weights.items():
         require_finite(w, f"the weight of layer {name!r}")
-    scores = {n: sparsifier.score(w, {}) for n, w in weights.items()}
+    scores = {n: sparsifier.score(w, (stats or {}).get(n, {})) for n, w in weights.items()}
     turned = lambda t, support: Support(t.turned(support.kept))
     before = {t.name: turned(t, within[t.name]) for t in targets} if within else None
     if sparsifier.scope == "model":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from gossamer.core.errors import FileDamaged, GossamerError, NonFiniteError, TargetError, UnknownName
-from gossamer.data.tasks import TASKS, lot, task
+from gossamer.data.tasks import TASKS, lot, photos, task
 from gossamer.data.tasks.clothes import Net, Transformer
 from gossamer.data.tasks.series import TimeNet
 from gossamer.data.tasks.wikitext import LSTM, Llama
@@ -130,7 +131,8 @@ def test_every_sample_comes_once_an_epoch():
 
 
 def test_the_networks_of_the_tasks_have_the_size_that_they_say():
-    assert set(TASKS) == {"clothes-cnn", "clothes-vit", "teacher", "ucr-cnn", "wikitext-llama", "wikitext-lstm"}
+    names = {"clothes-cnn", "clothes-vit", "photos-edsr", "teacher", "ucr-cnn", "wikitext-llama", "wikitext-lstm"}
+    assert set(TASKS) == names
     x = torch.zeros(2, 1, 28, 28)
     for network, weights in ((Net(16), 106), (Transformer(), 450)):
         assert network(x).shape == (2, 10)
@@ -142,6 +144,7 @@ def test_the_networks_of_the_tasks_have_the_size_that_they_say():
     assert sum(p.numel() for n, p in lstm.named_parameters() if p.ndim > 1 and n != "embed.weight") == 393216
     llama = Llama()
     assert sum(m.weight.numel() for m in llama.modules() if isinstance(m, torch.nn.Linear)) == 811008
+    assert sum(m.weight.numel() for m in photos.Edsr().modules() if isinstance(m, torch.nn.Conv2d)) == 39528
 
 
 @pytest.mark.parametrize("kind", [Llama, LSTM])
@@ -152,3 +155,36 @@ def test_a_language_model_sees_no_byte_that_comes_later(kind):
     other[0, 10] = (other[0, 10] + 1) % 256
     change = (model(text) - model(other)).abs().amax(-1)[0]
     assert not change[:10].any() and change[10:].all()
+
+
+def test_patches_of_photographs_lie_where_their_small_ones_do(monkeypatch):
+    """Every large picture is its small one with each pixel four times, and so is every patch, however turned."""
+    small = torch.rand(20, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    four = lambda x: x.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    monkeypatch.setattr(photos, "pictures", lambda: (small, four(small)))
+    x, y = task("photos-edsr").batch(0, 64, 5)
+    assert x.shape == (64, 3, 24, 24) and torch.equal(four(x), y)
+    again, other = (task("photos-edsr").batch(0, 64, seed)[0] for seed in (5, 6))
+    assert torch.equal(x, again) and not torch.equal(x, other)
+    square = torch.arange(12.0).view(3, 2, 2)
+    assert len({tuple(photos._turned(square, way).flatten().tolist()) for way in range(8)}) == 8
+
+
+def test_photographs_are_judged_by_luma_without_their_edges(monkeypatch):
+    small = torch.rand(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    large = photos.doubled(small).clamp(0, 1)
+    off = large.clone()
+    off[:, 1, 4:12, 4:12] += 0.1  # green alone, away from the edges
+    off[:, :, :2] += 0.5
+    monkeypatch.setattr(photos, "pictures", lambda: (small, off))
+    square = (0.1 * 128.553) ** 2 * 64 / 144
+    assert photos.psnr(photos.doubled) == pytest.approx(10 * math.log10(255**2 / square), abs=1e-3)
+
+
+@pytest.mark.assets
+def test_twenty_photographs_are_halved_to_whole_levels():
+    small, large = photos.pictures()
+    assert small.shape == (20, 3, 112, 112) and large.shape == (20, 3, 224, 224)
+    assert torch.equal((small * 255).round() / 255, small) and 0 <= small.min() < small.max() <= 1
+    assert (torch.nn.functional.avg_pool2d(large, 2) - small).abs().mean() < 0.02
+    assert 30 < photos.psnr(photos.doubled) < 35  # bicubic interpolation alone

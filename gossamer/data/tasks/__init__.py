@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ...core.errors import unknown
 from .clothes import clothes_cnn, clothes_vit
+from .photos import photos_edsr
 from .series import ucr_cnn
 from .task import Batch, Task, lot
 from .teacher import teacher
@@ -14,6 +15,7 @@ from .wikitext import wikitext_llama, wikitext_lstm
 TASKS: dict[str, Callable[[], Task]] = {
     "clothes-cnn": clothes_cnn,
     "clothes-vit": clothes_vit,
+    "photos-edsr": photos_edsr,
     "teacher": teacher,
     "ucr-cnn": ucr_cnn,
     "wikitext-llama": wikitext_llama,
