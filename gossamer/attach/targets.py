@@ -99,7 +99,7 @@ def find(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] =
     Raises:
         TargetError: a pattern matches no prunable layer (near names listed), nothing is left, or masks are attached.
     """
-    layers, stored = list(_prunable(model)), _stored_sparse(model)
+    layers, stored = dict(_prunable(model)), _stored_sparse(model)
     if not layers:
         _refuse_stored(stored)
         raise TargetError(
@@ -115,8 +115,8 @@ def find(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] =
             raise TargetError(f"target {spec!r} matches none of {len(names)} prunable layers; {near(spec, names)}")
     head = _heads(model)
     kept, skipped, seen = [], [], {}
-    for t in layers:
-        parameter = id(_parameter(model, t))
+    for t, module in layers.items():
+        parameter = id(_parameter(module, t.tensor))
         reason = _refusal(t, parameter, include, exclude, head, seen)
         if reason:
             skipped.append((t.name, reason))
@@ -135,8 +135,8 @@ def sharers(model: nn.Module, target: Target) -> list[tuple[nn.Module, str]]:
     layer = target.module(model)
     if not _tensors(layer):  # a layer that stores its kept weights
         return [(layer, target.tensor)]
-    parameter = _parameter(model, target)
-    return [(t.module(model), t.tensor) for t in _prunable(model) if _parameter(model, t) is parameter]
+    parameter = _parameter(layer, target.tensor)
+    return [(m, t.tensor) for t, m in _prunable(model) if _parameter(m, t.tensor) is parameter]
 
 
 def refuse_foreign(optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor]) -> None:
@@ -190,18 +190,17 @@ def _stored_sparse(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if type(module).__name__ == "SparseLinear"]
 
 
-def _parameter(model: nn.Module, target: Target) -> Tensor:
+def _parameter(module: nn.Module, tensor: str) -> Tensor:
     """The weight's own Parameter: a parametrized weight is a new tensor at every look."""
-    return (
-        target.parametrization(model).original if target.held(model) else getattr(target.module(model), target.tensor)
-    )
+    masked = parametrize.is_parametrized(module, tensor)
+    return module.parametrizations[tensor].original if masked else getattr(module, tensor)
 
 
-def _prunable(model: nn.Module) -> Iterator[Target]:
+def _prunable(model: nn.Module) -> Iterator[tuple[Target, nn.Module]]:
     for name, module in model.named_modules():
         for tensor in _tensors(module):
             own = name if tensor == "weight" else f"{name}.{tensor}" if name else tensor
-            yield Target(own, _is_conv1d(module), tensor)
+            yield Target(own, _is_conv1d(module), tensor), module
 
 
 def _tensors(module: nn.Module) -> tuple[str, ...]:
