@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from benchmarks.roofline import Roof
 from gossamer.core.files import whole_file
 from gossamer.report.figures import clean, style
-from gossamer.report.ink import DARK, LIGHT, MARKERS
+from gossamer.report.ink import LIGHT, MARKERS, themed
 
 from .compare import Comparison
 
@@ -135,13 +135,3 @@ def _legend(drawn, grid) -> None:
 def _words(compared: Comparison) -> str:
     """The plot for readers who cannot see it."""
     return f"{compared.problem.title}: speed-up against density. {'; '.join(compared.summaries())}."
-
-
-def themed(svg: str) -> str:
-    """An SVG drawn in light ink, with rules that turn each ink into its dark twin where the reader's theme is dark."""
-    pairs = list(zip(LIGHT.series, DARK.series))
-    pairs += [(getattr(LIGHT, n), getattr(DARK, n)) for n in ("text", "faint", "grid", "dense")]
-    rules = [f'[style*="{k}: {old}"]{{{k}:{new} !important}}' for old, new in pairs for k in ("fill", "stroke")]
-    style = f"<style>@media (prefers-color-scheme: dark){{{''.join(rules)}}}</style>"
-    head = svg.index(">") + 1
-    return svg[:head] + style + svg[head:]

@@ -70,6 +70,7 @@ _NOTHING_KEPT = "Assets that were fetched whole are kept; anything else starts a
 _KEPT = {
     "prune": "Finished layers are kept: run the same command again to go on from there.",
     "train": "Run the same command again to go on from the last step that was saved.",
+    "sweep": "Run the same command again: finished runs are kept, half-done ones go on.",
 }
 
 

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from ..core.errors import GossamerError, MissingDependency, unknown
+from ..core.errors import GossamerError, MissingDependency
 from .screen import Json, bar, emit
 
 if TYPE_CHECKING:
-    from ..data.tasks import Task
-    from ..recipes.plan import Plan
     from ..recipes.trained import TrainedRun
-
-LISTS = ("targets", "skip")
-FRACTIONS = ("density", "sparsity")
 
 
 def train(
@@ -35,11 +29,13 @@ def train(
     Example: gossamer train rigl.yaml --set seed=1 --out runs/rigl-1
     """
     from ..data.tasks import task as task_called
+    from ..recipes.plan_keys import plan_from
     from ..recipes.train import train as train_task
 
-    held = {**_read(recipe), **_changes(change or ())}
+    held = {**read_recipe(recipe), **_changes(change or ())}
     task = task_called(str(held.get("task", "")))
-    plan, folder = _plan(held, task), Path(out or f"{recipe.with_suffix('')}-run")
+    plan = plan_from(held, steps=task.steps, batch=task.size, rate=task.rate)
+    folder = Path(out or f"{recipe.with_suffix('')}-run")
     with bar(f"training {plan.method}") as progress:
         run = train_task(task, plan, folder, progress=progress)
     page = _page(run, folder)
@@ -47,7 +43,12 @@ def train(
     emit(as_json, record, *(() if as_json else _summary(run, folder, page)))
 
 
-def _read(recipe: Path) -> dict[str, object]:
+def read_recipe(recipe: Path) -> dict[str, object]:
+    """A YAML mapping, without its empty keys.
+
+    Raises:
+        GossamerError: the file cannot be read, or is no mapping.
+    """
     import yaml
 
     try:
@@ -63,52 +64,6 @@ def _changes(pairs: tuple[str, ...] | list[str]) -> dict[str, object]:
     from .recipe import options
 
     return options(pairs)
-
-
-def _plan(held: dict[str, object], task: Task) -> Plan:
-    """A recipe's keys as a plan, checked; steps, batch and rate are the task's unless given."""
-    from ..recipes.plan import Plan
-
-    known = {f.name: f for f in fields(Plan)}
-    for key in held:
-        if key not in known and key != "sparsity":
-            raise unknown("recipe key", key, [*known, "sparsity"])
-    usual = {"steps": task.steps, "batch": task.size, "rate": task.rate}
-    given = {**usual, **{k: _checked(k, v, known) for k, v in held.items()}}
-    if "sparsity" in given:
-        if "density" in given:
-            raise GossamerError("density and sparsity say the same thing; give one of the two")
-        given["density"] = 1.0 - given.pop("sparsity")  # type: ignore[operator]
-    return Plan(**given)  # type: ignore[arg-type]
-
-
-def _checked(key: str, value: object, known: dict) -> object:
-    """Of the kind that the plan's default, or the field's own type, has."""
-    if key in LISTS:
-        return tuple(_of(key, v, str, "text") for v in ([value] if isinstance(value, str) else value))  # type: ignore
-    if key in FRACTIONS or key in ("rate", "decay"):
-        # YAML 1.1 reads 1e-3, without a point, as text.
-        number = _float(value) if isinstance(value, str) else value
-        return float(_of(key, number, (int, float), "a number"))  # type: ignore[arg-type]
-    if key == "allocation":
-        return _of(key, value, (str, dict), "a rule's name, or a density per layer")
-    if key == "options":
-        return _of(key, value, dict, "a mapping")
-    kind = int if known[key].type == "int" else str
-    return _of(key, value, kind, "a whole number" if kind is int else "text")
-
-
-def _float(text: str) -> object:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _of(key: str, value: object, kind: type | tuple[type, ...], wanted: str) -> object:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise GossamerError(f"recipe key {key!r} needs {wanted}, got {value!r}")
-    return value
 
 
 def _page(run: TrainedRun, folder: Path) -> str:

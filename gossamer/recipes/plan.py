@@ -31,6 +31,7 @@ class Plan:
         start: folder of an earlier run to start from; "" = a new network.
         tried: settings that were tried before this one was chosen, itself included: for fair comparisons.
         save_every: steps between checkpoints.
+        device: where torch trains, such as "cuda"; figures are taken on the processor.
     """
 
     task: str
@@ -50,6 +51,7 @@ class Plan:
     start: str = ""
     tried: int = 1
     save_every: int = 100
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "tried", "save_every"):

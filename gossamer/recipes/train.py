@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..data.tasks import Task
 
 PLAN, CHECKPOINT, CURVE = "plan.json", "checkpoint.pt", "metrics.jsonl"
+DRAFTS = tuple(f".{name}." for name in (PLAN, CHECKPOINT, CURVE, WEIGHTS, RUN))
 Progress = Callable[[str, int, int], None]
 
 
@@ -43,7 +44,7 @@ def train(task: Task, plan: Plan, folder: str | Path, *, progress: Progress | No
     """
     folder = Path(folder)
     _sweep(folder)
-    _refuse_other(folder, plan)
+    refuse_other(folder, plan)
     if (folder / RUN).exists():
         return read_trained(folder)
     run = Training(task, plan)
@@ -66,16 +67,24 @@ def train(task: Task, plan: Plan, folder: str | Path, *, progress: Progress | No
 
 def _sweep(folder: Path) -> None:
     """Remove what a killed writer left."""
-    for name in (PLAN, CHECKPOINT, CURVE, WEIGHTS, RUN):
-        for draft in folder.glob(f".{name}.*"):
-            draft.unlink(missing_ok=True)
+    for draft in _entries(folder, drafts=True):
+        draft.unlink(missing_ok=True)
 
 
-def _refuse_other(folder: Path, plan: Plan) -> None:
-    """A folder belongs to one plan."""
+def _entries(folder: Path, *, drafts: bool) -> list[Path]:
+    """What a killed writer left half-written, or all the rest."""
+    return [p for p in folder.glob("*") if p.name.startswith(DRAFTS) == drafts]
+
+
+def refuse_other(folder: Path, plan: Plan) -> None:
+    """A folder belongs to one plan.
+
+    Raises:
+        TargetError: it holds a run with another one, or files of something else.
+    """
     asked, file = json.loads(json.dumps(plan.to_dict())), folder / PLAN
     if not file.exists():
-        if folder.is_dir() and any(folder.iterdir()):
+        if _entries(folder, drafts=False):
             raise TargetError(f"{folder} holds files of something else; choose another folder")
         return
     try:

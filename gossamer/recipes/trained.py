@@ -46,6 +46,7 @@ class TrainedRun:
         churned: links that came or went.
         curve: (step, loss of that step's batch, density).
         torch_version, threads: of the process that finished it.
+        processor_seconds: processor time of the training steps, over all threads, without what others took. Unit: s.
     """
 
     plan: dict[str, object]
@@ -65,6 +66,7 @@ class TrainedRun:
     curve: tuple[tuple[int, float, float], ...]
     torch_version: str = ""
     threads: int = 0
+    processor_seconds: float = 0.0
 
     @property
     def score(self) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..attach import Handle, attach
 from ..attach.meter import Meter
@@ -21,9 +21,10 @@ from .plan import Plan
 from .trained import WEIGHTS, TrainedLayer, TrainedRun, read_trained
 
 if TYPE_CHECKING:
-    from ..data.tasks import Task
+    from ..data.tasks import Batch, Task
 
 POINTS = 200
+COUNTS = ("step", "seconds", "processor", "interruptions")
 
 
 class Training:
@@ -34,22 +35,24 @@ class Training:
         torch.manual_seed(plan.seed)
         self.model = task.build()
         self.start_flops = _start(self.model, plan)
+        self.device = _usable(plan.device)
+        self.model.to(self.device)
         self.optimizer = _optimizer(self.model, plan)
         every = find(self.model, ("*",)).targets
         self.outputs = {t.name: t.weight(self.model).shape[0] for t in every}
-        self.handle = _attach(self.model, self.optimizer, task, plan)
+        self.handle = self._attach()
         held = {t.name for t in self.handle.targets} if self.handle else set()
         self.free = [t for t in every if t.name not in held]
         self.meter = Meter(self.model, self.free)
         self.rate = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, plan.steps)
-        self.step, self.seconds, self.interruptions = 0, 0.0, 0
+        self.step, self.seconds, self.processor, self.interruptions = 0, 0.0, 0.0, 0
         self.loss = float("nan")
         self.curve: list[tuple[int, float, float]] = []
 
     def advance(self) -> None:
         """One optimizer step."""
-        began = time.perf_counter()
-        inputs, targets = self.task.batch(self.step, self.plan.batch, self.plan.seed)
+        began, worked = time.perf_counter(), time.process_time()
+        inputs, targets = self._batch(self.step)
         self.optimizer.zero_grad()
         loss = self.task.loss(self.model.train()(inputs), targets)
         loss.backward()
@@ -60,6 +63,7 @@ class Training:
         self.meter.add_dense()
         self.step, self.loss = self.step + 1, loss.item()
         self.seconds += time.perf_counter() - began
+        self.processor += time.process_time() - worked
         if not math.isfinite(self.loss):
             raise NonFiniteError(
                 f"the loss is {self.loss} after step {self.step}; lower rate= (it is {self.plan.rate})"
@@ -75,16 +79,37 @@ class Training:
     def state(self) -> dict[str, object]:
         """All that the rest of the run depends on."""
         parts = {name: part.state_dict() for name, part in self._parts().items()}
-        counts = {"step": self.step, "seconds": self.seconds, "interruptions": self.interruptions}
-        return {**parts, **counts, "curve": self.curve, "random": torch.get_rng_state()}
+        counts = {name: getattr(self, name) for name in COUNTS}
+        return {**parts, **counts, "curve": self.curve, "random": self._random()}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from `state()`."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
-        self.step, self.seconds, self.interruptions = (state[k] for k in ("step", "seconds", "interruptions"))
+        for name in COUNTS:
+            setattr(self, name, state[name])
         self.curve = [tuple(point) for point in state["curve"]]
-        torch.set_rng_state(state["random"])
+        torch.set_rng_state(state["random"][0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"][1], self.device)
+
+    def _random(self) -> list[Tensor]:
+        on_gpu = self.device.type == "cuda"
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if on_gpu else [])]
+
+    def _batch(self, step: int) -> Batch:
+        inputs, targets = self.task.batch(step, self.plan.batch, self.plan.seed)
+        return inputs.to(self.device), targets.to(self.device)
+
+    def _attach(self) -> Handle | None:
+        plan = self.plan
+        if plan.method == "dense":
+            return None
+        where = {"targets": plan.targets, "skip": plan.skip, "allocation": plan.allocation, "backend": plan.backend}
+        # For methods that try the model out first; a run that goes on tries it out in the same way.
+        trial = {"data": self._batch(0), "loss": self.task.loss}
+        asked = {"density": plan.density, "total_steps": plan.steps, **trial, **where, **plan.options}
+        return attach(self.model, plan.method, optimizer=self.optimizer, **asked)  # type: ignore[arg-type]
 
     def _parts(self) -> dict[str, Any]:
         parts = {"model": self.model, "optimizer": self.optimizer, "rate": self.rate, "meter": self.meter}
@@ -102,6 +127,7 @@ class Training:
         spent = [self.meter.flops(), *([report.flops] if report else [])]
         if self.handle is not None:
             self.handle.remove()
+        self.model.cpu()  # the tasks' test data are there
         parameters = list(self.model.parameters())
         return TrainedRun(
             plan=json.loads(json.dumps(self.plan.to_dict())),
@@ -121,6 +147,7 @@ class Training:
             curve=tuple(self.curve),
             torch_version=torch.__version__,
             threads=torch.get_num_threads(),
+            processor_seconds=self.processor,
         )
 
 
@@ -143,11 +170,11 @@ def _optimizer(model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), plan.rate, weight_decay=plan.decay)
 
 
-def _attach(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, plan: Plan) -> Handle | None:
-    if plan.method == "dense":
-        return None
-    where = {"targets": plan.targets, "skip": plan.skip, "allocation": plan.allocation, "backend": plan.backend}
-    # For methods that try the model out first; a run that goes on tries it out in the same way.
-    trial = {"data": task.batch(0, plan.batch, plan.seed), "loss": task.loss}
-    asked = {"density": plan.density, "total_steps": plan.steps, **trial, **where, **plan.options}
-    return attach(model, plan.method, optimizer=optimizer, **asked)  # type: ignore[arg-type]
+def _usable(name: str) -> torch.device:
+    """The device, after a look whether it is there."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        raise TargetError(
+            f"device {name!r} cannot be used here ({error}); leave it out to use the processor"
+        ) from error

@@ -37,3 +37,13 @@ DARK = Ink(
 def ink(dark: bool) -> Ink:
     """The palette of a theme."""
     return DARK if dark else LIGHT
+
+
+def themed(svg: str) -> str:
+    """An SVG drawn in light ink, with rules that turn each ink into its dark twin where the reader's theme is dark."""
+    pairs = list(zip(LIGHT.series, DARK.series))
+    pairs += [(getattr(LIGHT, n), getattr(DARK, n)) for n in ("text", "faint", "grid", "dense")]
+    rules = [f'[style*="{k}: {old}"]{{{k}:{new} !important}}' for old, new in pairs for k in ("fill", "stroke")]
+    style = f"<style>@media (prefers-color-scheme: dark){{{''.join(rules)}}}</style>"
+    head = svg.index(">") + 1
+    return svg[:head] + style + svg[head:]

@@ -15,7 +15,20 @@ from gossamer.cli import codes
 from gossamer.cli import doctor as doctor_module
 from gossamer.core.errors import AssetError, FileDamaged, MissingDependency, PatternError
 
-COMMANDS = ("demo", "prune", "pack", "train", "bench", "report", "methods", "assets", "cache", "warmup", "doctor")
+COMMANDS = (
+    "demo",
+    "prune",
+    "pack",
+    "train",
+    "sweep",
+    "bench",
+    "report",
+    "methods",
+    "assets",
+    "cache",
+    "warmup",
+    "doctor",
+)
 ROOT = Path(__file__).parents[2]
 
 

@@ -25,6 +25,7 @@ PAGES = (
     "guide/save.md",
     "guide/scores.md",
     "guide/shrink-schedules.md",
+    "guide/sweeps.md",
     "guide/training.md",
     "guide/types.md",
 )
