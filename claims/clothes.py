@@ -62,4 +62,4 @@ def train(
                 handle.step()
     for handle in handles:
         handle.remove()
-    return model, accuracy(model)
+    return model, accuracy(model.eval())

@@ -10,6 +10,7 @@ from ..core.dropgrow import DropGrow
 from ..core.errors import FileDamaged, PatternError, TargetError, near
 from ..core.pattern import Pattern
 from ..core.regroup import tied_rows
+from ..core.search import refuse_pools
 from ..core.shrink import StraightThrough
 from ..core.sparsifier import Sparsifier, require_finite
 from ..core.support import Support
@@ -45,6 +46,8 @@ def part_in_steps(sparsifier: Sparsifier) -> str | None:
         return "draws pruned weights to 0 within the optimizer's step"
     if sparsifier.explore:
         return "adds to the gradients of its optimizer's step"
+    if sparsifier.search:
+        return "has its optimizer train scores in place of the weights"
     if isinstance(sparsifier.policy, DropGrow):
         return "moves links, and new ones must start with empty momenta"
     return None
@@ -86,5 +89,7 @@ def refuse_other_state(state: Mapping[str, object], sparsifier: Sparsifier) -> N
 def _place(model: nn.Module, sparsifier: Sparsifier, target: Target) -> None:
     outputs, *rest = target.weight(model).shape
     (tied_rows if sparsifier.regroup else Pattern.place)(sparsifier.pattern, (outputs, *rest))
+    if sparsifier.search is not None:
+        refuse_pools(sparsifier.pattern, (outputs, *rest))
     if sparsifier.backward is not None:  # the gradient by the inputs adds up over the outputs of one group
         sparsifier.backward.place((outputs // getattr(target.module(model), "groups", 1), *rest))

@@ -25,6 +25,7 @@ from .exploring import ExploringHandle
 from .fit import part_in_steps
 from .handle import Handle
 from .masked import Masked
+from .searching import SearchingHandle
 from .sharded import is_sharded
 from .spread import spread, tries_out
 from .start import first_supports
@@ -108,7 +109,7 @@ def _handle(
     if backend == "masked" and isinstance(sparsifier.shrink, Attenuate):
         return AttenuatingHandle
     if backend == "masked":
-        return ExploringHandle if sparsifier.explore else Handle
+        return ExploringHandle if sparsifier.explore else SearchingHandle if sparsifier.search else Handle
     if backend != "sparse":
         raise unknown("backend", backend, ("masked", "sparse"))
     from .sparse import SparseHandle, refuse_what_is_not_linear

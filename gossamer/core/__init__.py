@@ -9,6 +9,7 @@ from .policy import Always, OneShot, Policy, Ramp
 from .registry import Method, get_method, method, methods
 from .regroup import regroup, select_regrouped
 from .schedule import Constant, Cosine, Cubic, Exponential, Linear, Schedule, Step, Until
+from .search import Search
 from .select import select, select_across
 from .shrink import Attenuate, Shrink, StraightThrough, hard, soft, straight_through
 from .sparsifier import Score, Solver, Sparsifier, Stats, budget_for
@@ -37,6 +38,7 @@ __all__ = [
     "Ramp",
     "Schedule",
     "Score",
+    "Search",
     "Shrink",
     "Solver",
     "Sparsifier",

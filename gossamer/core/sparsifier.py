@@ -14,6 +14,7 @@ from .pattern import Pattern
 from .policy import OneShot, Policy
 from .regroup import regroup, select_regrouped
 from .schedule import Schedule, Span, at
+from .search import Search
 from .select import select, select_across
 from .shrink import Attenuate, Shrink, StraightThrough, hard
 from .support import Support
@@ -43,11 +44,13 @@ class Sparsifier:
         regroup: let the pattern choose which rows it ties together, see `gossamer.core.regroup`.
         backward: while training, the gradient by a layer's inputs sees another selection of the same scores and budget,
             made by this pattern; None = the forward one.
-        allocation: how `attach` spreads the density over layers unless told otherwise: "uniform", "er", "erk".
+        allocation: how `attach` spreads the density over layers unless told otherwise: "uniform", "er", "erk", or a
+            method in which layers compete.
         probe: finds statistics that need all layers at once, such as the loss's gradient, or None.
         rounds: n: the first support is chosen n times, each within the one before, at densities d^(1/n), d^(2/n) … d,
             the probe seeing what is left.
         explore: while training, the gradient reaches a wider support than the forward pass; None = the same.
+        search: while training, weights are frozen and their scores learn, which move the support; None = weights learn.
     """
 
     score: Score
@@ -65,6 +68,7 @@ class Sparsifier:
     probe: Probe | None = None
     rounds: int = 1
     explore: Explore | None = None
+    search: Search | None = None
 
     def __post_init__(self) -> None:
         if self.rounds < 1:

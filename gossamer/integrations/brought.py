@@ -107,5 +107,6 @@ def _complete(parts: Mapping[str, Tensor]) -> bool:
 def _dense(parts: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
     """The weight that is left when the masks are taken away."""
     if parts.keys() >= _MASKED:
-        return parts["original"].masked_fill(~parts["0.mask"], 0)
+        values = parts.get("0.frozen", parts["original"])  # where weights are searched, the original holds scores
+        return values.masked_fill(~parts["0.mask"], 0)
     return CSR.from_parts({name: parts[name] for name in _WIRED}, dict(zip(("rows", "cols"), shape))).to_dense()

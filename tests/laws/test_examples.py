@@ -37,7 +37,10 @@ def test_guide(page, own_registry):
     assert result.attempted and not result.failed
 
 
-@pytest.mark.parametrize("name", [*MODULES, "gossamer.recipes.curve"])
+RECIPES = [f"gossamer.recipes.{name}" for name in ("curve", "random_search", "sparse_ift")]
+
+
+@pytest.mark.parametrize("name", [*MODULES, *RECIPES, "gossamer.nn.branches"])
 def test_docstrings(name):
     module = importlib.import_module(name)
     names = {"torch": torch, **{n: getattr(core, n) for n in core.__all__}}
