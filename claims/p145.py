@@ -24,7 +24,7 @@ RULE = (
     "sparse runs by N̄ has an RMS relative error of at most 1 %, and at most half that of the same law by the last N"
 )
 SCHEDULES = ((0.0, 0.5), (0.25, 0.5), (0.25, 0.75), (0.25, 1.0), (0.5, 0.75), (0.5, 1.0))
-BATCH, RATE, SWEEP_WIDTH, LARGE = 16, 3e-3, 64, 96
+BATCH, RATE = 16, 3e-3
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def _steps(compute: int, density: float, start: float, end: float) -> int:
     return round(compute * (start + (end - start) / (density + (1 - density) / 4) + (1 - end) / density))
 
 
-def _sweep(compute: int, seeds: int) -> tuple[dict[str, object], bool]:
+def _sweep(width: int, compute: int, seeds: int) -> tuple[dict[str, object], bool]:
     losses = {
-        (a, b): [_trained(SWEEP_WIDTH, _steps(compute, 0.2, a, b), s, 0.2, a, b).loss for s in range(seeds)]
+        (a, b): [_trained(width, _steps(compute, 0.2, a, b), s, 0.2, a, b).loss for s in range(seeds)]
         for a, b in SCHEDULES
     }
     means = {span: mean(values) for span, values in losses.items()}
@@ -84,9 +84,10 @@ def _sweep(compute: int, seeds: int) -> tuple[dict[str, object], bool]:
     return told, ours <= 1.01 * best and ours - best <= (worst - best) / 4
 
 
-def _law(lengths: tuple[int, ...]) -> tuple[dict[str, object], bool]:
-    ends = [(_trained(width, steps, 0), steps) for width in (24, 32, 48, 64, LARGE) for steps in lengths]
-    ends += [(_trained(LARGE, steps, 0, density), steps) for density in (0.5, 0.25, 0.1) for steps in lengths]
+def _law(widths: tuple[int, ...], lengths: tuple[int, ...]) -> tuple[dict[str, object], bool]:
+    """Dense runs of all widths, and sparse ones of the last."""
+    ends = [(_trained(width, steps, 0), steps) for width in widths for steps in lengths]
+    ends += [(_trained(widths[-1], steps, 0, density), steps) for density in (0.5, 0.25, 0.1) for steps in lengths]
     tokens = lambda steps: steps * BATCH * WINDOW
     by_average = [Run(e.average, tokens(steps), e.loss) for e, steps in ends]
     by_final = [Run(e.final, tokens(steps), e.loss) for e, steps in ends]
@@ -104,6 +105,6 @@ def _law(lengths: tuple[int, ...]) -> tuple[dict[str, object], bool]:
 
 
 def run(full: bool = False) -> Outcome:
-    swept, near = _sweep(400, 5) if full else _sweep(100, 3)
-    fitted, one_curve = _law((400, 1200, 3600)) if full else _law((150, 400))
+    swept, near = _sweep(64, 400, 5) if full else _sweep(32, 100, 3)
+    fitted, one_curve = _law((24, 32, 48, 64, 96), (400, 1200)) if full else _law((16, 24, 32, 48), (150, 400))
     return Outcome({**swept, **fitted}, near and one_curve, RULE)
