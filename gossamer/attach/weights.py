@@ -167,6 +167,10 @@ def _refuse_what_training_lacks(sparsifier: Sparsifier, optimizer: torch.optim.O
         )
     if sparsifier.probe and not isinstance(sparsifier.policy, (OneShot, DropGrow)):
         raise TargetError(f"method {sparsifier.name!r} tries the model out before training, so it cannot choose later")
+    if sparsifier.solve and not sparsifier.needs:
+        raise TargetError(
+            f"method {sparsifier.name!r} chooses its support once; call gossamer.prune, then gossamer.attach.hold"
+        )
     if (sparsifier.needs and not sparsifier.probe) or sparsifier.solve:
         raise TargetError(
             f"method {sparsifier.name!r} needs calibration data; use gossamer.prune(model, ..., data=...)"

@@ -2,6 +2,7 @@
 
 from .allocation import allocation, by_sensitivity, er, erk, uniform
 from .budget import Above, Budget, Density, Gaussian, Keep, Mass, above, density, gaussian, keep, mass
+from .dictionary import select_from_dictionary
 from .dropgrow import DropGrow
 from .explore import Explore
 from .pattern import Pattern, pattern
@@ -65,6 +66,7 @@ __all__ = [
     "regroup",
     "select",
     "select_across",
+    "select_from_dictionary",
     "select_regrouped",
     "soft",
     "straight_through",

@@ -48,6 +48,10 @@ class Layer:
         w = self.module(model).weight.detach()
         return w.t() if self.transposed else w.flatten(1)
 
+    def taps(self, model: nn.Module) -> int:
+        """Weights of one kernel; 1 for a linear layer."""
+        return math.prod(self.module(model).kernel_size) if self.images else 1
+
     def work(self, model: nn.Module, activation: str) -> Product | Convolved:
         """What it computes, and on what, with an activation after it."""
         module = self.module(model)

@@ -169,7 +169,7 @@ class _Packing:
     def _one(self, layer: Layer, fusion: Fusion | None) -> None:
         module, w_MK = layer.module(self.model), layer.weight(self.model)
         with torch_threads(1):  # many small steps, where threads would wait for each other longer than they work
-            density, structures = density_of(w_MK), detect(w_MK)
+            density, structures = density_of(w_MK), detect(w_MK, layer.taps(self.model))
         allowed = self._allowed(density, structures, layer)
         if not allowed:
             self.skipped.append((layer.name, f"{1 - density:.0%} zeros, and only sparse candidates were named"))

@@ -1,6 +1,6 @@
 """Structure: what regularity the zeros of a weight have, and so which formats store it without waste.
 
-Shapes: M rows, K columns.
+Shapes: M rows, K columns, t taps of a kernel.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..formats.kernelpatterns import MOST_PATTERNS
 from ..formats.rowgrouped import alike_first
 
 # A kept weight may happen to be zero: a pattern counts as found when its padding stays under 5 %.
@@ -22,6 +23,8 @@ GROUPS = (8, 4, 2)
 SPANS = (4, 8, 16)
 BLOCK_ROWS = (8, 4)
 BLOCK_COLUMNS = (16, 8, 4)
+# Fewer taps a kernel, or kernels a pattern, and patterns save nothing.
+FEWEST_TAPS, FEWEST_ALIKE = 2, 4
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,11 @@ class Structure:
     reordered: bool = False
 
 
-def detect(w_MK: Tensor) -> tuple[Structure, ...]:
+def detect(w_MK: Tensor, taps: int = 1) -> tuple[Structure, ...]:
     """Every regularity that the zeros of a weight obey, the most regular first; empty for unstructured zeros.
+
+    Args:
+        taps: columns of one kernel, of a convolution's flattened weight.
 
     Example:
         >>> w = torch.zeros(4, 8); w[:, ::3] = 1
@@ -53,6 +59,10 @@ def detect(w_MK: Tensor) -> tuple[Structure, ...]:
     kept = int(mask_MK.count_nonzero())
     if kept == mask_MK.numel():
         return ()
+    return (*_rows_and_columns(mask_MK, kept), *_kernels(mask_MK, kept, taps))
+
+
+def _rows_and_columns(mask_MK: Tensor, kept: int) -> tuple[Structure, ...]:
     # Most weights show in their first rows that they lack a structure; only those that may have it are read whole.
     corner_RK = mask_MK[:SAMPLE_ROWS]
     few = int(corner_RK.count_nonzero())
@@ -110,9 +120,13 @@ def _groups(mask_MK: Tensor, kept: int, waste: float) -> list[Structure]:
 
 def twins(mask_MK: Tensor) -> bool:
     """Whether about every row shares its support with another one, wherever that stands."""
+    return _different(mask_MK) <= HINT * len(mask_MK) / 2
+
+
+def _different(mask_MK: Tensor) -> int:
+    """How many different rows a mask has."""
     bits = np.packbits(mask_MK.cpu().numpy(), axis=1)
-    kinds = np.unique(bits.view(f"V{bits.shape[1]}").ravel()).size
-    return kinds <= HINT * len(mask_MK) / 2
+    return np.unique(bits.view(f"V{bits.shape[1]}").ravel()).size
 
 
 def _n_of_m(mask_MK: Tensor, kept: int, waste: float) -> list[Structure]:
@@ -124,3 +138,17 @@ def _n_of_m(mask_MK: Tensor, kept: int, waste: float) -> list[Structure]:
         if 0 < n < m and rows * cols * n <= waste * kept * m:
             return [Structure(f"{n}:{m}", "nm", (("n", n), ("m", m)))]
     return []
+
+
+def _kernels(mask_MK: Tensor, kept: int, taps: int) -> list[Structure]:
+    if taps < FEWEST_TAPS or not kept:
+        return []
+    for part_RK in (mask_MK[:SAMPLE_ROWS], mask_MK):
+        mask_Et = part_RK.reshape(-1, taps)
+        mask_Et = mask_Et[mask_Et.any(1)]
+        count = _different(mask_Et) if len(mask_Et) else 0
+        few = int(mask_Et.count_nonzero()) < FEWEST_TAPS * len(mask_Et)
+        if few or count > MOST_PATTERNS or count * FEWEST_ALIKE > len(mask_Et):
+            return []
+    words = f"kernels of {count} patterns" if count > 1 else "kernels of one pattern"
+    return [Structure(words, "kernelpatterns", (("taps", taps),))]

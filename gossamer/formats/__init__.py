@@ -1,4 +1,4 @@
-"""How a support is stored: dense, CSR, bitmask (by rows or tiles), N:M, row-grouped, block, and 4-bit groups.
+"""How a support is stored: dense, CSR, bitmask (by rows or tiles), N:M, row-grouped, block, kernel patterns, int4.
 
 Round trips are lossless, bit for bit, but for `Int4Groups`, which states its error.
 """
@@ -17,12 +17,13 @@ from gossamer.formats.csr import CSR
 from gossamer.formats.dense import Dense
 from gossamer.formats.format import Format
 from gossamer.formats.int4groups import Int4Groups
+from gossamer.formats.kernelpatterns import KernelPatterns
 from gossamer.formats.nm import NM
 from gossamer.formats.rowgrouped import RowGrouped
 from gossamer.formats.tilebitmask import TileBitmask
 
 FORMATS: dict[str, type[Format]] = {
-    cls.name: cls for cls in (Dense, CSR, Bitmask, NM, RowGrouped, Block, TileBitmask, Int4Groups)
+    cls.name: cls for cls in (Dense, CSR, Bitmask, NM, RowGrouped, Block, TileBitmask, Int4Groups, KernelPatterns)
 }
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Dense",
     "Format",
     "Int4Groups",
+    "KernelPatterns",
     "RowGrouped",
     "TileBitmask",
     "format_from",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from gossamer.formats import CSR, NM, Bitmask, Block, Dense, Format, Int4Groups, RowGrouped, TileBitmask
+from gossamer.formats import CSR, NM, Bitmask, Block, Dense, Format, Int4Groups, KernelPatterns, RowGrouped, TileBitmask
 from gossamer.kernels.dispatch import Call, kernel
 from gossamer.kernels.reference import activate, spmm_reference
 
@@ -105,7 +105,10 @@ def _disagreement(dtype: torch.dtype) -> str | None:
     return None if worst <= allowed else f"oneDNN was off by {worst:.2g} in a {dtype} trial product"
 
 
-@kernel("linear", CSR, Bitmask, TileBitmask, NM, RowGrouped, Block, Int4Groups, name="linear", backend="unpack")
+_COMPRESSED = (CSR, Bitmask, TileBitmask, NM, RowGrouped, Block, Int4Groups, KernelPatterns)
+
+
+@kernel("linear", *_COMPRESSED, name="linear", backend="unpack")
 @dataclass(frozen=True)
 class Unpack:
     """Unpack the weight at each call and multiply densely: memory stays small, any device and dtype."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gossamer.formats import CSR, NM, Block, Format, RowGrouped
-from gossamer.formats.checks import index_dtype
+from gossamer.formats import CSR, NM, Block, Format, KernelPatterns, RowGrouped
+from gossamer.formats.checks import index_dtype, pointer
 
 if TYPE_CHECKING:
     from gossamer.kernels.cpu.stream import Stream
@@ -57,3 +57,13 @@ def _(fmt: Block) -> Stream:
     columns = fmt.columns().clamp(max=max(fmt.cols - 1, 0)).reshape(-1)
     indices = columns.to(index_dtype(fmt.cols))
     return stream(fmt.a, fmt.rows, fmt.cols, fmt.indptr * fmt.b, indices, fmt.values.reshape(-1, fmt.a))
+
+
+@lower.register(KernelPatterns)
+def _(fmt: KernelPatterns) -> Stream:
+    from gossamer.kernels.cpu.stream import stream
+
+    slots = fmt.slots()
+    indptr = pointer(torch.bincount(slots // max(fmt.cols, 1), minlength=fmt.rows))
+    indices = (slots % max(fmt.cols, 1)).to(index_dtype(fmt.cols))
+    return replace(stream(1, fmt.rows, fmt.cols, indptr, indices, fmt.values.unsqueeze(1)), runs=True)

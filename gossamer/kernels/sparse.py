@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gossamer.formats import CSR, NM, Bitmask, Block, Int4Groups, RowGrouped, TileBitmask
+from gossamer.formats import CSR, NM, Bitmask, Block, Int4Groups, KernelPatterns, RowGrouped, TileBitmask
 from gossamer.kernels.dense import Unpack
 from gossamer.kernels.dispatch import Call, kernel
 from gossamer.kernels.lowering import group_rows, lower
@@ -40,7 +40,7 @@ def cannot_run_here(name: str, module: str) -> str | None:
         return f"its compiler could not be imported ({error})"
 
 
-@kernel("linear", CSR, RowGrouped, NM, Block, name="spmm", backend="cpu", devices=("cpu",))
+@kernel("linear", CSR, RowGrouped, NM, Block, KernelPatterns, name="spmm", backend="cpu", devices=("cpu",))
 @dataclass(frozen=True)
 class Spmm:
     """Sparse x dense in float32, activations in panels that stay in the first-level cache."""

@@ -135,7 +135,7 @@ def _networks() -> Iterator[Job]:
 
 
 def _images() -> Iterator[Job]:
-    from gossamer.kernels.cpu import conv_kernel, plane_kernel
+    from gossamer.kernels.cpu import conv_kernel, plane_kernel, runs_kernel
     from gossamer.kernels.cpu.depthwise import plan_depthwise
     from gossamer.kernels.cpu.plane_ops import plan_pool
     from gossamer.kernels.cpu.window import Window
@@ -144,6 +144,8 @@ def _images() -> Iterator[Job]:
         for pieces, adding in product(_PIECES, (0, 1)):
             name = f"convolution{' and sum' * adding}, {words}, vectors in {pieces}"
             yield name, partial(conv_kernel.kernel, g, pieces, adding, ordered)
+    for adding in (0, 1):
+        yield f"convolution{' and sum' * adding} by runs of taps", partial(runs_kernel.kernel, adding)
     for size in _IMAGES:
         for taps, step in ((3, 1), (3, 2), (5, 1), (5, 2)):
             one = Window((taps, taps), (step, step), (taps // 2,) * 4)

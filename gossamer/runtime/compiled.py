@@ -219,7 +219,9 @@ class Compiled(nn.Module):
         # Layers that share a weight share its forms.
         with self._lock:
             if id(op.weight) not in self._weights:
-                self._weights[id(op.weight)] = Weights(op.matrix, op.name, remeasure=self.remeasure)
+                self._weights[id(op.weight)] = Weights(
+                    op.matrix, op.name, taps=op.weight.shape[2:].numel(), remeasure=self.remeasure
+                )
         weights = self._weights[id(op.weight)]
         if op.geometry is not None:
             return planes.product(rec, node, op, weights)

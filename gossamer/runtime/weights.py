@@ -53,25 +53,26 @@ class Weights:
     Args:
         w_MK: the weight as a matrix.
         name: of its layer, for errors.
+        taps: columns of one kernel, of a convolution's weight.
         remeasure: measure also what this machine measured in an earlier run.
 
     Raises:
         NonFiniteError: the weight holds NaN or infinity.
     """
 
-    def __init__(self, w_MK: Tensor, name: str, *, remeasure: bool = False) -> None:
+    def __init__(self, w_MK: Tensor, name: str, *, taps: int = 1, remeasure: bool = False) -> None:
         require_finite(w_MK, f"the weight of layer {name!r}")
         self.w_MK, self.density = w_MK.contiguous(), density_of(w_MK)
-        self._makers = self._possible()
+        self._makers = self._possible(taps)
         self._forms: dict[str, Form] = {}
         self._fastest: dict[object, str] = {}
         self.remeasure, self.measured, self.recalled = remeasure, 0, 0
         self._lock = threading.RLock()
 
-    def _possible(self) -> dict[str, Callable[[], Stream]]:
+    def _possible(self, taps: int) -> dict[str, Callable[[], Stream]]:
         makers: dict[str, Callable[[], Stream]] = {}
         if self.density < MOSTLY_KEPT:
-            for s in detect(self.w_MK):
+            for s in detect(self.w_MK, taps):
                 inner = ", ".join(f"{k}={v}" for k, v in s.options)
                 order = ", re-ordered" if s.reordered else ""
                 build = partial(format_named(s.format).from_dense, **dict(s.options))

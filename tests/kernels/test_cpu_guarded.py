@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,10 @@ def one_round(at_end):
     image, padding = guarded(torch.randn(2, channels, 9, random.randint(5, 40)), at_end), (1, 2)
     exact = conv2d(image, w.reshape(rows, channels, *kernel), bias, padding=padding)
     spmm_conv(weight, image, kernel, padding, bias, out=guarded(torch.empty_like(exact), at_end))
+    if g == 1:
+        by_runs = guarded(torch.empty_like(exact), at_end)
+        spmm_conv(replace(weight, runs=True), image, kernel, padding, bias, out=by_runs)
+        torch.testing.assert_close(by_runs, exact, atol=1e-4, rtol=1e-4)
     window = Window((kernel[1], kernel[1]), (random.choice((1, 2)),) * 2, (kernel[1] // 2,) * 4)
     pixels = guarded(torch.randn(2, channels, 9, random.choice((7, 14, 17, 32))), at_end)
     each = guarded(torch.randn(channels, *window.kernel), at_end)

@@ -193,7 +193,17 @@ def test_refusals_say_why(build, words):
 def test_unknown_format_lists_near_names():
     with pytest.raises(UnknownName, match="bitmask"):
         format_from({"format": "bitmsk"}, {})
-    assert set(FORMATS) == {"dense", "csr", "bitmask", "nm", "rowgrouped", "block", "tilebitmask", "int4groups"}
+    assert set(FORMATS) == {
+        "dense",
+        "csr",
+        "bitmask",
+        "nm",
+        "rowgrouped",
+        "block",
+        "tilebitmask",
+        "int4groups",
+        "kernelpatterns",
+    }
 
 
 def _swap(index, value):

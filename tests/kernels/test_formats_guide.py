@@ -12,7 +12,17 @@ GUIDE = Path(__file__).parents[2] / "docs" / "guide"
 MODULES = [
     *(
         f"gossamer.formats.{name}"
-        for name in ("dense", "csr", "bitmask", "tilebitmask", "int4groups", "nm", "rowgrouped", "block")
+        for name in (
+            "dense",
+            "csr",
+            "bitmask",
+            "tilebitmask",
+            "int4groups",
+            "nm",
+            "rowgrouped",
+            "block",
+            "kernelpatterns",
+        )
     ),
     "gossamer.formats",
     "gossamer.kernels.reference.products",

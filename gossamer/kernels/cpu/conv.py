@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +14,8 @@ from gossamer.core.errors import FormatError
 from gossamer.kernels.cpu import conv_plan
 from gossamer.kernels.cpu.bands import Bands, Part
 from gossamer.kernels.cpu.checks import need_bias, need_counts, need_floats, output
+from gossamer.kernels.cpu.conv_columns import Columns
+from gossamer.kernels.cpu.conv_entries import entries, run_entries
 from gossamer.kernels.cpu.conv_layout import ALIGNED, FLAT, HALO, Lines
 from gossamer.kernels.cpu.conv_plan import bounds_of, laid_out, run_on, zeros_at
 from gossamer.kernels.cpu.launch import Launch
@@ -26,6 +27,8 @@ from gossamer.kernels.cpu.window import Window
 # Packed lines of a panel may fill this much of a second-level cache of 1 MiB, and a block of channels this much of a
 # first-level cache of 48 KiB, by rows of a group. Twenty entries pay for the start and end of a group's turn.
 _L2_BYTES, _L1_BYTES, _WORTHWHILE = 1 << 19, {1: 28 << 10, 2: 28 << 10, 4: 40 << 10, 8: 40 << 10}, 20
+# Where taps come in runs, tiles are high: they profit from panels of many lines, and from a block that fills the cache.
+_RUNS_L2_BYTES, _RUNS_L1_BYTES = 1 << 20, 48 << 10
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def plan_conv(
         >>> launch = plan_conv(weights, 1, 28, 28, Window((3, 3), padding=(1, 1, 1, 1)), activation="relu")
         >>> launch.run(x.data_ptr(), y.data_ptr(), bias.data_ptr())
     """
-    from gossamer.kernels.cpu.conv_kernel import kernel, widths
+    from gossamer.kernels.cpu import conv_kernel, runs_kernel
     from gossamer.kernels.cpu.target import lanes
 
     need_counts(images=images)
@@ -103,19 +106,24 @@ def plan_conv(
     out_high, out_wide = window.output(high, wide)
     pixels, out_pixels = high * wide, out_high * out_wide
     x_plane, y_plane = strides or (plane_stride(pixels), plane_stride(out_pixels))
-    channels, most = weights.cols // window.taps * groups, widths(weights.g)[-1]
+    channels, runs = weights.cols // window.taps * groups, weights.runs and _wasted(out_wide, lanes()) < 2
+    most = runs_kernel.HEIGHTS[-1] if runs else conv_kernel.widths(weights.g)[-1]
     work = weights.values_EG.numel() * out_pixels * images
     threads = max(1, min(threads, work // conv_plan.GRAIN))
     lines = _lines(
-        weights, window, out_high, out_wide, channels, threads if images < threads else 1, tuning or Tuning()
+        weights, window, out_high, out_wide, channels, threads if images < threads else 1, tuning or Tuning(), runs
     )
-    offsets, starts = _entries(weights, window, groups, lines, _block(weights, window, lines, most, tuning))
+    block = _block(weights, window, lines, most, tuning, runs)
+    offsets, starts = (run_entries if runs else entries)(weights, window, groups, lines, block)
+    blocks = len(starts) if runs else len(starts) - 1
     chunks = max(1, min(weights.groups, -(-threads // max(1, lines.panels * images))))
     sums_at = 4 * channels * lines.channel + 4 * lanes() * (most + 1)
-    hold = 4 * lanes() * most * weights.g * -(-weights.groups // chunks) if len(starts) > 2 else 0
+    hold = 4 * lanes() * most * weights.g * -(-weights.groups // chunks) if blocks > 1 else 0
     scratch = -(-(sums_at + hold) // 64) * 64
     code, low_at, high_at = bounds_of(activation)
     ordered, order = weights.order_M is not None, weights.places()
+
+    more = (lines.across, 4 * lines.strip, lines.depth, window.stride[0]) if isinstance(lines, Columns) else ()
 
     def numbers(lines: Lines, chunks: int, below: int) -> tuple[tuple[int, ...], tuple[Tensor, Tensor]]:
         # Of the output lines from `below` on.
@@ -124,12 +132,12 @@ def plan_conv(
         fixed = (
             images * lines.panels * chunks, chunks, lines.panels, scratch, sums_at,
             4 * x_plane * channels, 4 * x_plane, 4 * y_plane * weights.rows, 4 * y_plane,
-            weights.rows, weights.groups, len(starts) - 1, starts.data_ptr(), offsets.data_ptr(),
+            weights.rows, weights.groups, blocks, starts.data_ptr(), offsets.data_ptr(),
             weights.values_EG.data_ptr(), channels, 4 * lines.channel,
             table.data_ptr(), len(table), lines.pitch, lines.panel * window.stride[0], window.stride[1], high, wide,
             lines.vectors(lines.panel), lines.vectors(lines.last), places.data_ptr(), 8 * places[0].numel(),
             4 * lines.panel * out_wide, 4 * lines.out_high * out_wide, code, low_at, high_at, zeros_at(),
-            order.data_ptr() if ordered else 0,
+            order.data_ptr() if ordered else 0, *more,
         )  # fmt: skip
         return fixed, (table, places)
 
@@ -138,10 +146,14 @@ def plan_conv(
         fixed, holds = numbers(replace(lines, out_high=l1 - l0), chunks, l0)
         return Part(fixed, (0, shift, 0, shift), holds)
 
+    if runs:
+        entry = runs_kernel.kernel(int(residual))
+    else:
+        entry = conv_kernel.kernel(weights.g, lines.pieces, int(residual), int(ordered))
     fixed, tables = numbers(lines, chunks, 0)
     threads = max(1, min(threads, fixed[0]))
     return laid_out(
-        kernel(weights.g, lines.pieces, int(residual), int(ordered)),
+        entry,
         addresses=3 + residual,
         absent=1 - residual,
         fixed=fixed,
@@ -168,16 +180,25 @@ def refuse_conv(weights: Stream, window: Window, groups: int) -> str | None:
 
 
 def _lines(
-    weights: Stream, window: Window, out_high: int, out_wide: int, channels: int, threads: int, tuning: Tuning
+    weights: Stream,
+    window: Window,
+    out_high: int,
+    out_wide: int,
+    channels: int,
+    threads: int,
+    tuning: Tuning,
+    runs: bool,
 ) -> Lines:
     """Choose how columns are copied, and panels that fit the second-level cache and share out among threads."""
     from gossamer.kernels.cpu.target import lanes
 
     mode = _mode(weights.g, out_wide, lanes()) if tuning.mode is None else tuning.mode
+    mode = ALIGNED if runs else mode
+    most_bytes = _RUNS_L2_BYTES if runs else _L2_BYTES
     for panels in range(min(threads, out_high), out_high + 1):
         panel = tuning.panel or -(-out_high // panels)
-        lines = Lines(window, out_high, out_wide, mode, panel, lanes())
-        if tuning.panel or 4 * channels * lines.channel <= _L2_BYTES:
+        lines = (Columns if runs else Lines)(window, out_high, out_wide, mode, panel, lanes())
+        if tuning.panel or 4 * channels * lines.channel <= most_bytes:
             break
     return lines
 
@@ -189,40 +210,25 @@ def _mode(g: int, out_wide: int, lanes: int) -> int:
     """
     if out_wide < lanes - 2:
         return FLAT
-    wasted = -(-out_wide // lanes) * lanes / out_wide
-    return ALIGNED if g == 1 and wasted < 1.25 else HALO
+    return ALIGNED if g == 1 and _wasted(out_wide, lanes) < 1.25 else HALO
 
 
-def _block(weights: Stream, window: Window, lines: Lines, most: int, tuning: Tuning | None) -> int:
+def _wasted(out_wide: int, lanes: int) -> float:
+    """Lanes of whole vectors that cover a line, over its pixels."""
+    return -(-out_wide // lanes) * lanes / out_wide
+
+
+def _block(weights: Stream, window: Window, lines: Lines, most: int, tuning: Tuning | None, runs: bool) -> int:
     """Channels of a block: what a tile reads of them fills the first-level cache, unless the weights are too few."""
     if tuning is not None and tuning.block is not None:
         return tuning.block
     density = weights.indices_E.numel() / max(1, weights.groups * weights.cols)
     worth = round(_WORTHWHILE / max(density * window.taps, 1e-6))
-    most_channels = max(1, worth, _L1_BYTES[weights.g] // (4 * lines.reach(most)))
+    fits = _RUNS_L1_BYTES // (4 * lines.column(most)) if runs else _L1_BYTES[weights.g] // (4 * lines.reach(most))
+    most_channels = max(1, worth, fits)
     # Blocks of one size, rather than a small one at the end.
     channels = max(1, weights.cols // window.taps)
     return -(-channels // -(-channels // most_channels))
-
-
-def _entries(weights: Stream, window: Window, groups: int, lines: Lines, block: int) -> tuple[Tensor, Tensor]:
-    """Byte offsets of all entries into a packed panel, and where each (block, row group) starts among them."""
-    begin, end = weights.starts_BG[0].numpy(), weights.starts_BG[-1].numpy()
-    row_E = np.repeat(np.arange(weights.groups), end - begin)
-    column_E = weights.indices_E.to(torch.int32).numpy().astype(np.int64)
-    each = weights.cols // window.taps
-    channel_E, tap_E = np.divmod(column_E, window.taps)
-    first_row = weights.places()[:: weights.g][: weights.groups].numpy()
-    first_E = (first_row // max(1, weights.rows // groups) * each)[row_E]
-    channel_E += first_E
-    offset_E = 4 * (channel_E * lines.channel + lines.taps()[tap_E])
-    blocks = max(1, -(-each // block))
-    counts = np.bincount(
-        np.minimum((channel_E - first_E) // block, blocks - 1) * weights.groups + row_E,
-        minlength=blocks * weights.groups,
-    ).reshape(blocks, weights.groups)
-    starts = np.concatenate([begin[None], begin[None] + counts.cumsum(0)])
-    return torch.from_numpy(offset_E.astype(np.int32)), torch.from_numpy(starts.astype(np.int32))
 
 
 def sparse_conv(

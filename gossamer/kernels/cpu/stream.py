@@ -34,6 +34,7 @@ class Stream:
         indices_E: uint16 (K <= 65536) or int32; the column of each entry, ascending within a group.
         values_EG: float32 [E, g].
         order_M: int64 [M]; stored row r is row order[r] of the matrix. None where rows stand in their own order.
+        runs: convolutions take taps that stand below each other in one kernel together (groups of one row only).
     """
 
     g: int
@@ -44,6 +45,7 @@ class Stream:
     indices_E: Tensor
     values_EG: Tensor
     order_M: Tensor | None = None
+    runs: bool = False
 
     def places(self) -> Tensor:
         """For kernels: the row of each stored row, up to whole groups, and then the places 0 to g - 1 of a group."""

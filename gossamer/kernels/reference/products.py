@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gossamer.formats import CSR, NM, Bitmask, Block, Dense, Format, Int4Groups, RowGrouped, TileBitmask
+from gossamer.formats import CSR, NM, Bitmask, Block, Dense, Format, Int4Groups, KernelPatterns, RowGrouped, TileBitmask
 from gossamer.formats.checks import owners
 from gossamer.kernels.reference.activation import activate
 
@@ -63,7 +63,8 @@ def _(fmt: CSR, x_KT: Tensor) -> Tensor:
 
 @product.register(Bitmask)
 @product.register(TileBitmask)
-def _(fmt: Bitmask | TileBitmask, x_KT: Tensor) -> Tensor:
+@product.register(KernelPatterns)
+def _(fmt: Bitmask | TileBitmask | KernelPatterns, x_KT: Tensor) -> Tensor:
     slots_E = fmt.slots()
     rows_E, columns_E = slots_E // fmt.grid[1], slots_E % fmt.grid[1]
     return grouped(fmt.entries().unsqueeze(1), rows_E, columns_E, fmt.rows, x_KT)
