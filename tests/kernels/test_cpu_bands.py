@@ -116,6 +116,9 @@ def test_every_pixel_is_in_one_band():
                 edges = launch.bands.edges(threads)
                 assert edges[0] == 0 and edges[-1] == high * wide and edges == sorted(edges)
                 assert all(edge % launch.bands.unit == 0 for edge in edges[:-1] if edge < high * wide)
+                share = high * wide / threads
+                most = max(launch.bands.unit, 0.15 * share)
+                assert all(abs(edge - t * share) <= most for t, edge in enumerate(edges[:-1]) if edge < high * wide)
 
 
 def test_work_for_one_thread_only_wakes_no_other():

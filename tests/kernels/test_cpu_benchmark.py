@@ -11,16 +11,16 @@ from benchmarks.stacks.stacks import NAMES, exact_output, stack
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    ("solver", "tied"), [("ours_unstructured", 1), ("ours_grouped4", 4), ("ours_grouped4_panels", 4)]
+    ("solver", "tied"),
+    [("ours_unstructured", 1), ("ours_unstructured_panels", 1), ("ours_grouped4", 4), ("ours_grouped4_panels", 4)],
 )
 def test_our_solvers_compute_the_stacks(solver, tied, name):
     module = import_module(f"benchmarks.stacks.solvers.{solver}")
-    if solver == "ours_grouped4_panels" and name == "conv3x3":
-        pytest.skip("panels between layers are not for 3x3 convolutions")
     small = stack(name, 0.9, tied)
     truth = exact_output(small)
-    got = module.prepare(small, torch.get_num_threads())()
-    assert float((got.double() - truth).abs().max() / truth.abs().max()) <= TOLERANCE
+    run = module.prepare(small, torch.get_num_threads())
+    for _ in range(2):
+        assert float((run().double() - truth).abs().max() / truth.abs().max()) <= TOLERANCE
 
 
 def test_grouped_weights_share_columns_and_keep_what_was_asked():

@@ -148,10 +148,10 @@ def test_one_plan_on_four_python_threads():
 
 @pytest.mark.parametrize("vectors", [[4, 4], [13], [3, 3, 1], [1], [7, 7, 7, 7]])
 @pytest.mark.parametrize("workers", [1, 2, 3, 6])
-@pytest.mark.parametrize(("together", "alike"), [(1, True), (2, True), (1, False)])
-def test_every_vector_of_every_group_is_done_once(vectors, workers, together, alike):
+@pytest.mark.parametrize(("together", "alike", "line"), [(1, True, 1), (2, True, 2), (1, False, 4)])
+def test_every_vector_of_every_group_is_done_once(vectors, workers, together, alike, line):
     weight, _ = weights(40, 30, 2, 0.4)
-    work = share_out(vectors, 4, together, arrange(weight, 2), workers, alike=alike)
+    work = share_out(vectors, 4, together, arrange(weight, 2), workers, alike=alike, line=line)
     done = torch.zeros(len(vectors), max(vectors), weight.groups, dtype=torch.int64)
     for t0, t1, i0, i1 in work.tasks_T4.tolist():
         for panel, first, count in work.tiles_Q3[t0:t1].tolist():
@@ -170,8 +170,16 @@ def test_rows_of_unequal_length_are_cut_by_entries():
     indptr = torch.zeros(rows + 1, dtype=torch.int32)
     indptr[1:] = torch.bincount(row, minlength=rows).cumsum(0)
     long_first = stream(1, rows, cols, indptr, column.to(torch.uint16), w[row, column])
-    cuts = share_out([13], 4, 1, arrange(long_first, 1), 2).tasks_T4[:4, 2:].tolist()
+    cuts = share_out([5], 4, 1, arrange(long_first, 1), 2).tasks_T4[:4, 2:].tolist()
     assert cuts[0][0] == 0 and cuts[-1][1] == rows and cuts[1][1] <= 5
+
+
+def test_shares_nearly_even_keep_their_positions_and_whole_cache_lines():
+    weight, _ = weights(40, 30, 2, 0.4)
+    for vectors, line, want in ((13, 1, 6), (13, 2, 6), (14, 2, 8), (14, 1, 7), (53, 4, 28)):
+        work = share_out([vectors], 4, 1, arrange(weight, 1), 2, line=line)
+        owned = [work.tiles_Q3[t0:t1, 2].sum() for t0, t1 in work.tasks_T4[:, :2].tolist()]
+        assert sum(owned[: work.share_starts[1]]) == want and sum(owned) == vectors
 
 
 def test_arranged_blocks_hold_the_same_entries_in_reading_order():

@@ -64,7 +64,8 @@ def prepare(stack, threads, layer_in, dtype):
     torch.set_num_threads(threads)
     tokens = stack.x.dim() == 2
     used = WIDTH if tokens else stack.x[0, 0].numel()
-    panels, width = (stack.x.shape[0] // WIDTH, WIDTH) if tokens else (1, -(-used // 64) * 64)
+    line = 32 if dtype == torch.bfloat16 else 64  # positions of a cache line
+    panels, width = (stack.x.shape[0] // WIDTH, WIDTH) if tokens else (1, -(-used // line) * line)
     x_float = torch.zeros(panels, stack.layers[0].w_MK.shape[1], width)
     first = last = x_float.to(dtype)
     runs = []

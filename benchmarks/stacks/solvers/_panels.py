@@ -6,13 +6,38 @@ import torch
 
 from benchmarks.stacks.solvers._ours import to_stream
 from benchmarks.stacks.stacks import Stack
+from gossamer.kernels.cpu.conv import plan_conv
 from gossamer.kernels.cpu.planes import plane_stride
 from gossamer.kernels.cpu.spmm_panels import aligned_panels, plan_panels
 from gossamer.kernels.cpu.tokens import WIDTH, plan_panels_to_rows, plan_rows_to_panels
+from gossamer.kernels.cpu.window import Window
+
+
+def convolutions(stack: Stack, threads: int, g: int):
+    """3x3 convolutions from plane to plane; the first reads the input where it is."""
+    torch.set_num_threads(threads)
+    high, wide = stack.x.shape[2:]
+    near, strides = Window((3, 3), padding=(1, 1, 1, 1)), (high * wide, high * wide)
+    x, steps = stack.x, []
+    for layer in stack.layers:
+        weight = to_stream(layer, g)
+        plan = plan_conv(weight, 1, high, wide, near, activation=layer.activation, threads=threads, strides=strides)
+        steps.append((plan, x, layer.bias_M))
+        x = torch.empty(1, weight.rows, high, wide)
+
+    def run():
+        held = [at for _, at, _ in steps] + [torch.empty_like(x)]
+        for (plan, at, bias), to in zip(steps, held[1:]):
+            plan.run(at.data_ptr(), to.data_ptr(), bias.data_ptr())
+        return held[-1]
+
+    return run
 
 
 def prepare(stack: Stack, threads: int, g: int):
     """Everything laid out once; a run brings the input into panels, goes through the layers and out again."""
+    if stack.name == "conv3x3":
+        return convolutions(stack, threads, g)
     torch.set_num_threads(threads)
     tokens = stack.x.dim() == 2
     used = WIDTH if tokens else stack.x[0, 0].numel()

@@ -1,4 +1,4 @@
-"""Groups of four rows, with hidden activations left in panels between layers (not for 3x3 convolutions)."""
+"""Groups of four rows, with hidden activations left in panels or planes between layers."""
 
 from benchmarks.stacks.solvers import _panels as ours
 
@@ -6,7 +6,7 @@ SPARSE = True
 
 
 def runs(case):
-    return case.labels["pattern"] == "rows by 4" and case.labels["stack"] != "conv3x3"
+    return case.labels["pattern"] == "rows by 4"
 
 
 def prepare(stack, threads):

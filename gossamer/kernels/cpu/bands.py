@@ -12,6 +12,8 @@ from gossamer.kernels.cpu.window import Window
 
 # Of a step in a list of kernel calls: where its kernel (none: nothing to do) and its argument block lie, and flags.
 STEP_BYTES = 24
+# Floats of a cache line, and how far from its share of the pixels a band may end so as to end with one.
+_LINE, _ASIDE = 16, 0.15
 # The flags: the threads meet after the step; several threads take their tasks from its block.
 MEET, SHARED = 1, 2
 
@@ -52,12 +54,23 @@ class Bands:
     def edges(self, threads: int) -> list[int]:
         """Pixels at which the bands of so many threads begin, and the end.
 
+        Threads that write parts of one cache line wait for each other, so bands rather begin with one.
+
         Example:
             >>> Bands(0, 49, 16, 0, Part).edges(2)
             [0, 32, 49]
+            >>> Bands(0, 14 * 14, 14, 0, Part).edges(2)
+            [0, 112, 196]
         """
-        cuts = [-(-(t * self.pixels) // (threads * self.unit)) * self.unit for t in range(threads)]
-        return [min(cut, self.pixels) for cut in [*cuts, self.pixels]]
+        return [min(self._cut(t, threads), self.pixels) for t in range(threads)] + [self.pixels]
+
+    def _cut(self, thread: int, threads: int) -> int:
+        even = -(-(thread * self.pixels) // (threads * self.unit)) * self.unit
+        for cut in (even, even + self.unit, even - self.unit):
+            aside = abs(threads * cut - thread * self.pixels)
+            if cut % _LINE == 0 and aside <= _ASIDE * self.pixels:
+                return cut
+        return even
 
 
 def lines_read(window: Window, high: int, first: int, last: int) -> tuple[int, int]:

@@ -26,6 +26,8 @@ WALK, STRIDE, FOLD, FLAT, SLIDE = range(5)
 _FEW, _MANY = 4, 64
 # Larger kernels take so long to begin a plane that threads take planes rather than lines (measured).
 _BANDED_TAPS = 9
+# Planes between the one that is convolved and the one whose edges are asked for (2 and 4 measured alike).
+_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,15 @@ def plan_depthwise(
 
     vectors, unit = -(-out_high * out_wide // lanes()), lanes() if way.how == FLAT else out_wide
 
-    def numbers(tasks: int, high: int, out_high: int, top: int, begin: int = 0, end: int = vectors) -> tuple[int, ...]:
+    def numbers(
+        tasks: int, high: int, out_high: int, top: int, begin: int = 0, end: int = vectors,
+        head: int = 0, tail: int = 0, skew: int = 0,
+    ) -> tuple[int, ...]:  # fmt: skip
         return (
             tasks, planes, channels, weight.data_ptr(), window.taps, 4 * x_plane, 4 * y_plane,
             high, wide, out_high, out_wide, *window.kernel, *window.stride, *window.dilation, top, window.padding[1],
             code, low_at, high_at, zeros_at(), nothing.data_ptr(), scratch, room, masks.data_ptr(), lanes() // wide,
-            begin, end,
+            begin, end, 4 * x_plane * _AHEAD, head, tail, skew,
         )  # fmt: skip
 
     def part(first: int, last: int) -> Part:
@@ -127,7 +132,13 @@ def plan_depthwise(
         l0, l1 = first // out_wide, last // out_wide
         begin, end = lines_read(window, high, l0, l1)
         top, shift = begin - (l0 * window.stride[0] - window.padding[0]), 4 * first
-        return Part(numbers(1, end - begin, l1 - l0, top), (4 * wide * begin, shift, 0, shift))
+        # What another thread may have written: a line of the window's overlap, and a vector of a product.
+        edge = min(4 * (wide + lanes()), 4 * wide * (end - begin))
+        # Bands begin with different planes: threads that write one cache line at the same time wait for each other.
+        skew = planes * first // (out_high * out_wide)
+        head, tail = edge * (begin > 0), edge * (end < high)
+        fixed = numbers(1, end - begin, l1 - l0, top, head=head, tail=tail, skew=skew)
+        return Part(fixed, (4 * wide * begin, shift, 0, shift))
 
     return laid_out(
         _kernel(way),

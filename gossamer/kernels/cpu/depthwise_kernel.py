@@ -8,7 +8,7 @@ from gossamer.kernels.cpu.cache import compile_kernel, helper
 from gossamer.kernels.cpu.conv_lanes import GELU, GELU_TANH, HARD_SWISH, SILU, activate_row
 from gossamer.kernels.cpu.depthwise_lanes import slide, stride, walk
 from gossamer.kernels.cpu.depthwise_small import flat, fold
-from gossamer.kernels.cpu.lanes import address_of, copy_row, get, take
+from gossamer.kernels.cpu.lanes import address_of, copy_row, get, prefetch, take
 from gossamer.kernels.cpu.target import lanes
 from gossamer.kernels.cpu.threads import Entry
 
@@ -22,8 +22,8 @@ BATCH = 8
     TASKS, PLANES, CHANNELS, WEIGHT, TAPS, X_PLANE, Y_PLANE,
     HIGH, WIDE, OUT_HIGH, OUT_WIDE, KERNEL_HIGH, KERNEL_WIDE, STRIDE_HIGH, STRIDE_WIDE,
     DILATION_HIGH, DILATION_WIDE, TOP, LEFT, ACTIVATION, LOW, UP, ZERO, NOTHING,
-    SCRATCH_BYTES, ROOM, MASKS, TOGETHER, BEGIN, END,
-) = range(0, 8 * 37, 8)  # fmt: skip
+    SCRATCH_BYTES, ROOM, MASKS, TOGETHER, BEGIN, END, AHEAD, HEAD, TAIL, SKEW,
+) = range(0, 8 * 41, 8)  # fmt: skip
 
 
 @helper
@@ -37,6 +37,14 @@ def activate(code, y, count):
         activate_row(LANES, SILU, y, count)
     elif code == HARD_SWISH:
         activate_row(LANES, HARD_SWISH, y, count)
+
+
+@helper
+def ask_for(at, end):
+    """Ask for the cache lines from `at` on that begin before `end`."""
+    while at < end:
+        prefetch(at)
+        at += 64
 
 
 def _most_vectors(kernel: int) -> int:
@@ -60,15 +68,21 @@ def walk_kernel(step: int, kernel: int, left: int, right: int, narrow: int, addi
             bias, step = get(args + ZERO), 0
         vectors = (ow + L - 1) // L
         tiles = (vectors + MOST - 1) // MOST
+        ahead, head, tail, area = get(args + AHEAD), get(args + HEAD), get(args + TAIL), 4 * h * w
+        skew = get(args + SKEW)
         while True:
             task = take(args + NEXT)
             if task >= tasks:
                 break
-            for plane in range(task * planes // tasks, (task + 1) * planes // tasks):
+            for turn in range(task * planes // tasks, (task + 1) * planes // tasks):
+                plane = turn + skew if turn + skew < planes else turn + skew - planes
                 channel = plane % channels
                 x, y = get(args + X) + plane * get(args + X_PLANE), get(args + Y) + plane * get(args + Y_PLANE)
                 r = get(args + RESIDUAL) + plane * get(args + Y_PLANE)
                 k, add = get(args + WEIGHT) + 4 * taps * channel, bias + step * channel
+                # What another thread has written comes from its caches, which takes longer than a plane.
+                ask_for(x + ahead, x + ahead + head)
+                ask_for(x + ahead + area - tail, x + ahead + area)
                 for tile in range(tiles):
                     v0, v1 = tile * vectors // tiles, (tile + 1) * vectors // tiles
                     c = v0 * L

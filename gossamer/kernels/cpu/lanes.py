@@ -110,6 +110,18 @@ def take_many(typing, address, amount):
 
 
 @intrinsic
+def prefetch(typing, address):
+    """Ask for the cache line at an address; any address is allowed."""
+
+    def gen(ctx, b, sig, args):
+        ask = _declare(b, "llvm.prefetch.p0", ir.VoidType(), _I8.as_pointer(), _I32, _I32, _I32)
+        b.call(ask, [_at(b, args[0], _I8), *(ir.Constant(_I32, n) for n in (0, 3, 1))])
+        return ctx.get_dummy_value()
+
+    return types.void(_int), gen
+
+
+@intrinsic
 def thread_number(typing, function):
     """What the `int function(void)` at an address returns; 0 when there is none."""
 

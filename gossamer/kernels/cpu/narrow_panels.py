@@ -92,8 +92,9 @@ def lay_out(
     threads = max(1, min(threads, weights.values_Rgd.numel() * lanes() * sum(vectors) // GRAIN))
     arranged = Arranged(1, weights.starts_G, weights.indices_Rd, weights.values_Rgd)
     # Odd vectors interleave half a register: rather one narrow tile than several of them.
-    work = share_out(vectors, widest(weights.g), 1, arranged, threads, alike=False)
     quantised = weights.dtype == torch.int8
+    line = max(1, LINE // (lanes() * (4 if quantised else weights.dtype.itemsize)))
+    work = share_out(vectors, widest(weights.g), 1, arranged, threads, alike=False, line=line)
     fixed = (
         len(work.share_starts) - 1, work.share_starts.data_ptr(), work.tasks_T4.data_ptr(), work.tiles_Q3.data_ptr(),
         *strides, weights.rows, *arranged.addresses, _address(weights.offsets_M), _address(weights.scales_M),

@@ -16,8 +16,9 @@ from gossamer.kernels.cpu.arrange import Arranged
 MOST_SHARES = 4
 # Far from what 16 bits count, with every thread asking once too often.
 _MOST_TASKS = 32_000
-# A share may be this much longer than the mean before its rows are cut, so that others can help.
-_UNEVEN = 1.04
+# A share may be this much longer than the mean before its rows are cut, so that others can help: what one thread writes
+# into another's share has to come back through the caches in the next layer, which costs more than waiting.
+_UNEVEN = 1.15
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Work:
 
 
 def share_out(
-    vectors: list[int], wide: int, together: int, arranged: Arranged, threads: int, *, alike: bool = True
+    vectors: list[int], wide: int, together: int, arranged: Arranged, threads: int, *, alike: bool = True, line: int = 1
 ) -> Work:
-    """Give every share as many vectors of positions, the same ones for any weights.
+    """Give every share about as many vectors of positions, the same ones for any weights.
 
     Args:
         vectors: of each panel.
@@ -49,14 +50,16 @@ def share_out(
         arranged: the weights, whose rows are cut where shares are uneven.
         threads: how many will work.
         alike: tiles about equally wide; False: as wide as they can be, and one that is left over.
+        line: vectors of a cache line, which no two shares divide: threads that write one line wait for each other.
     """
     shares, total, tiles, tasks, starts = min(threads, MOST_SHARES), sum(vectors), [], [], [0]
-    even = threads == shares and -(-total // shares) * shares <= _UNEVEN * total
+    edges = [min(total, round(n * total / (shares * line)) * line) for n in range(shares)] + [total]
+    even = threads == shares and max(j - i for i, j in zip(edges, edges[1:])) * shares <= _UNEVEN * total
     cuts = _row_cuts(arranged, 1 if even else 2 * threads)
     together = max(together, -(-total * len(cuts) // _MOST_TASKS))
     for share in range(shares):
         first = len(tiles)
-        tiles += _tiles(vectors, wide, share * total // shares, (share + 1) * total // shares, alike)
+        tiles += _tiles(vectors, wide, edges[share], edges[share + 1], alike)
         spans = [(t, min(t + together, len(tiles))) for t in range(first, len(tiles), together)]
         tasks += [(*span, i, j) for span in spans for i, j in zip(cuts, cuts[1:]) if i < j]
         starts.append(len(tasks))

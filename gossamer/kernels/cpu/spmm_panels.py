@@ -128,7 +128,8 @@ def _lay_out(
     # Few vectors are cut by rows instead, which threads take as they come.
     banded = panels == 1 and sum(vectors) >= 2 * threads
     threads = max(1, min(threads, amount // GRAIN))
-    work = share_out(vectors, wide, _tiles_together(stream, wide), arranged, threads)
+    line = max(1, LINE // lanes())
+    work = share_out(vectors, wide, _tiles_together(stream, wide), arranged, threads, line=line)
     hold = -(-(64 + 4 * stream.g * lanes() * wide) // 64) * 64
     scratch = hold * work.together
 
