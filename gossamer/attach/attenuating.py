@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..core.cut import faded
 from ..core.shrink import Attenuate
 from .handle import Handle
 from .sharded import own, part_of
@@ -29,5 +30,4 @@ class AttenuatingHandle(Handle):
             for t in self.targets:
                 original = self._original(t)
                 kept = part_of(self._mask(t).mask, original)
-                w = own(original)
-                w.copy_(torch.where(kept, w, w * self._rule.ratio))
+                own(original).copy_(faded(own(original), kept, self._rule.ratio))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..core.cut import cut, cut_
 from ..core.ranks import mean_over_ranks
 from .masked import Masked
 from .sharded import is_sharded, own, part_of, whole
@@ -62,7 +63,7 @@ def _catch(caught: dict[str, Tensor], name: str, mask: Masked) -> Callable[[Tens
         caught[name] = gradient.clone()
         if before is not None:
             # On the support `.grad` has added up already; off it, it was cut after the last backward pass.
-            own(caught[name]).add_(own(before).masked_fill(kept, 0))
-        own(gradient).masked_fill_(~kept, 0)
+            own(caught[name]).add_(cut(own(before), ~kept))
+        cut_(own(gradient), kept)
 
     return hook

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..core.cut import cut_
 from ..core.errors import TargetError
 from ..core.explore import Explore, explored
 from ..core.sparsifier import require_finite
@@ -80,22 +81,22 @@ class ExploringHandle(Handle):
 
     def _pull(self) -> RemovableHandle | None:
         penalty = self._explore.penalty
-        return before_step(self.optimizer, penalty, self._drawn) if self.optimizer is not None and penalty else None
+        return before_step(self.optimizer, self._drawn) if self.optimizer is not None and penalty else None
 
-    def _drawn(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """The gradient of the penalty over λ, of every layer that has one."""
+    def _drawn(self) -> Iterator[tuple[nn.Parameter, Tensor, float]]:
+        """The gradient of the penalty: what is kept draws itself, what is explored draws 1/D times as hard."""
         for t in self.targets:
-            w, mask = self._original(t), self._mask(t)
-            if w.grad is not None:
-                rare = 1.0 / (self.per_layer[t.name].final_density() or 1.0)  # in an empty layer nothing learns
-                yield w, torch.where(mask.mask, w, w * rare).masked_fill(~mask.learning, 0)
+            w, mask, penalty = self._original(t), self._mask(t), self._explore.penalty
+            yield w, mask.mask, penalty
+            # In an empty layer nothing learns.
+            yield w, mask.learning > mask.mask, penalty / (self.per_layer[t.name].final_density() or 1.0)
 
     def _project(self) -> None:
         """Every optimizer slot is zero where nothing learns, or momentum would move what no gradient reaches."""
         with torch.no_grad():
             for t in self.targets:
                 for slot in slots(self.optimizer, self._original(t)):
-                    slot.masked_fill_(~self._mask(t).learning, 0)
+                    cut_(slot, self._mask(t).learning)
 
     def _learning(self) -> Mapping[str, int]:
         return {t.name: self._tally.count(f"{t.name}, learning", self._mask(t).learning) for t in self.targets}

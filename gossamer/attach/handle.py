@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..core.cut import cut_
 from ..core.dropgrow import DropGrow
 from ..core.errors import TargetError
 from ..core.schedule import at
 from ..core.shrink import StraightThrough, fade_of, hard
 from ..core.sparsifier import Sparsifier, require_finite
-from ..core.support import Support
+from ..core.support import Support, counted
 from ..score import salt
+from .account import Account
+from .choose import choose_both
 from .dense_gradient import DenseGradients
 from .fit import part_in_steps, refuse_misfits, refuse_other_state, refuse_other_supports
 from .masked import Masked
@@ -23,14 +25,13 @@ from .meter import Meter
 from .moving import moved
 from .pull import pull
 from .recurrent import let_go, put_behind
-from .report import LayerReport, TrainingReport
 from .sharded import is_sharded, own, part_of, whole
 from .tally import Tally
 from .targets import Target, refuse_foreign, sharers, slots
 from .twoway import close_back, open_back
 
 
-class Handle:
+class Handle(Account):
     """Holds a sparsifier on a model while it trains. Call `step()` after `optimizer.step()`.
 
     Parameters are looked up by name at every step, never kept: `.to()`, checkpoints and sharding swap them. Lots are
@@ -124,28 +125,10 @@ class Handle:
             self._take(held[name], support.kept.to(self._mask(held[name]).mask.device))
         self._project()
 
-    def report(self) -> TrainingReport:
-        """Kept entries, churn and dead neurons of each layer, and the work done so far."""
-        layers = tuple(self._layer_report(t) for t in self.targets)
-        return TrainingReport(self.sparsifier.name, self.steps, layers, self._meter.flops())
-
-    @property
-    def density(self) -> float:
-        """Fraction kept over all layers together."""
-        return sum(self._counts().values()) / max(sum(self._meter.sizes.values()), 1)
-
     @property
     def held(self) -> bool:
         """False once the masks were taken away."""
         return all(t.held(self.model) for t in self.targets)
-
-    def observe(self, *args: object, **kwargs: object) -> None:
-        """Run the model once on a batch to count each layer's positions, as `report` needs where it is compiled.
-
-        Raises:
-            TargetError: no layer that is held was reached, or the model's own code is compiled (`model.compile()`).
-        """
-        self._meter.observe(self.model, self.targets, args, kwargs)
 
     def remove(self) -> nn.Module:
         """Write the zeros into the weights, take the masks away, and return the model.
@@ -249,24 +232,22 @@ class Handle:
         """The layer keeps these entries from now on; what came and went is counted, without waiting for the device."""
         mask = self._mask(target).mask
         if self.steps:
-            self._tally.change(target.name, (kept & ~mask).count_nonzero(), (kept ^ mask).count_nonzero())
+            self._tally.change(target.name, counted(kept > mask), counted(kept ^ mask))
         mask.copy_(kept)
 
     def _choose(self) -> Iterator[tuple[Target, Support]]:
         """New supports by score; layer by layer, so that the scores of one layer at a time are held."""
         for t in self.targets:
             require_finite(self._view(t), f"the weight of layer {t.name!r}")
-        score = lambda t: self.sparsifier.score(self._view(t), self._stats(t))
         if self.sparsifier.scope == "model":
-            scores = {t: score(t) for t in self.targets}
+            scores = {t: self.sparsifier.score(self._view(t), self._stats(t)) for t in self.targets}
             yield from self.sparsifier.choose_across(scores, step=self.steps).items()  # type: ignore[arg-type, misc]
             return
         for t in self.targets:
-            scores_of_one, rule = score(t), self.per_layer[t.name]
-            if rule.backward is not None:
-                back = replace(rule, pattern=rule.backward).choose(scores_of_one, step=self.steps)
+            kept, back = choose_both(self.per_layer[t.name], self._view(t), self._stats(t), self.steps)
+            if back is not None:
                 self._mask(t).back.copy_(t.turned(back.kept))
-            yield t, rule.choose(scores_of_one, step=self.steps)
+            yield t, kept
 
     def _stats(self, target: Target) -> dict[str, Tensor]:
         return {"salt": salt(target.name)}
@@ -298,40 +279,15 @@ class Handle:
     def _listen(self) -> None:
         (self._gradients.on if self._listens() else self._gradients.off)()
 
-    @property
-    def _cuts(self) -> bool:
-        """What is pruned is 0 and learns no more."""
-        return self.sparsifier.shrink is hard
-
     def _project(self) -> None:
         """Pruned weights, and every optimizer slot shaped like them, are exactly zero."""
         if not self._cuts:
             return
         with torch.no_grad():
             for t in self.targets:
-                original = self._original(t)
-                dropped = ~part_of(self._mask(t).mask, original)
+                mask, original = self._mask(t), self._original(t)
+                kept = part_of(mask.mask, original)
                 for pruned in (original, *slots(self.optimizer, original)):
-                    own(pruned).masked_fill_(dropped, 0)
-
-    def _counts(self) -> dict[str, int]:
-        """Kept entries of each layer."""
-        return {t.name: self._tally.count(t.name, self._mask(t).mask) for t in self.targets}
-
-    def _work(self) -> tuple[Mapping[str, int], Mapping[str, int], Mapping[str, int]]:
-        """Entries that the last step multiplied with: forward, by the inputs, by the weights."""
-        if self._left:
-            return self._meter.sizes, self._meter.sizes, self._meter.sizes
-        kept, two_way = self._counts(), self.sparsifier.backward is not None
-        back = lambda t: self._tally.count(f"{t.name}, backward", self._mask(t).back)
-        by_inputs = {t.name: back(t) for t in self.targets} if two_way else kept
-        return kept, by_inputs, self._learning()
-
-    def _learning(self) -> Mapping[str, int]:
-        """Entries whose gradient the last step computed."""
-        dense = not self._cuts or any(self._mask(t).listening for t in self.targets)
-        return self._meter.sizes if dense else self._counts()
-
-    def _layer_report(self, target: Target) -> LayerReport:
-        kept, groups = target.turned(self._mask(target).mask), getattr(target.module(self.model), "groups", 1)
-        return self._tally.report(target.name, kept, groups)
+                    cut_(own(pruned), kept)
+                if not is_sharded(original):
+                    mask.settle(original)

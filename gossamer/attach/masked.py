@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 
+from ..core.cut import learned
 from ..core.shrink import Shrink, fade_of, hard, straight_through
 from ..core.support import Support
 
@@ -18,6 +21,7 @@ class Masked(nn.Module):
         two_way: hold a second support, `back`, for the gradient by the layer's inputs.
 
     While `listening`, the gradient of the dense weight reaches the original: same forward, no cut on the way back.
+    A weight whose zeros are in place (`settle`) is used as it is, without a copy, as long as nobody writes to it.
     Where the shrink rule fades with time, `fade` holds what is left now; as a buffer it leaves compiled graphs alone.
     """
 
@@ -29,12 +33,33 @@ class Masked(nn.Module):
         self.register_buffer("fade", torch.ones((), device=kept.device) if fades else None)
         self.shrink = shrink
         self.listening = False
+        self._settled: tuple[object, ...] | None = None
 
     def forward(self, original: Tensor) -> Tensor:
         if self.fade is not None:
             return self.shrink(original, Support(self.mask), self.fade.to(original.dtype))  # type: ignore[call-arg]
+        if self._is_settled(original):
+            return original if self.listening else learned(original, self.mask)
         rule = straight_through if self.listening else self.shrink
         return rule(original, Support(self.mask))
+
+    def settle(self, original: Tensor) -> None:
+        """Everything off the support is 0 in the original, as it stands now."""
+        self._settled = (weakref.ref(original), *self._state(original))
+
+    def _state(self, original: Tensor) -> tuple[int, ...]:
+        """Whatever changes with every write to the weight or its mask that torch can see."""
+        return original._version, original.data_ptr(), self.mask._version, self.mask.data_ptr()
+
+    def _is_settled(self, original: Tensor) -> bool:
+        """Outside training, where averaged or loaded weights may have been put in behind torch's back, never."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled() or not self._settled:
+            return False
+        held, *state = self._settled
+        return held() is original and tuple(state) == self._state(original)  # type: ignore[operator]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**super().__getstate__(), "_settled": None}  # a copy has a weight of its own
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight

@@ -9,20 +9,23 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from ..core.cut import add_where_, cut
 from .sharded import own, part_of
 
 Args = tuple[Any, ...]
 Pairs = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+Terms = Callable[[], Iterable[tuple[Tensor, Tensor, float]]]
 
 
 def pull(optimizer: torch.optim.Optimizer, strength: float, pairs: Pairs) -> RemovableHandle:
-    """Before each of the optimizer's steps: grad += strength·(1 − m)⊙w, for every (w, m) that has a gradient."""
-    pruned = lambda: ((w, own(w).masked_fill(part_of(m, w), 0)) for w, m in pairs() if w.grad is not None)
-    return before_step(optimizer, strength, pruned)
+    """Before each of the optimizer's steps: grad += strength·(1 − m)⊙w, for every (w, m)."""
+    return before_step(optimizer, lambda: ((w, ~part_of(m, w), strength) for w, m in pairs()))
 
 
-def before_step(optimizer: torch.optim.Optimizer, strength: float, terms: Pairs) -> RemovableHandle:
-    """Before each of the optimizer's steps: grad += strength·x, for every (w, x); x is this rank's part.
+def before_step(optimizer: torch.optim.Optimizer, terms: Terms) -> RemovableHandle:
+    """Before each of the optimizer's steps: grad += strength·m⊙w, for every (w, m, strength) whose w has a gradient.
+
+    m is this rank's part.
 
     So it counts once per step, however many batches, micro-batches or tied layers made the gradient, is not clipped,
     and then goes the way of every gradient: through momentum or Adam's moments. Where the step is given a closure that
@@ -32,8 +35,11 @@ def before_step(optimizer: torch.optim.Optimizer, strength: float, terms: Pairs)
     @torch.no_grad()
     def add(optimizer: torch.optim.Optimizer) -> None:
         scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales within its step
-        for weight, x in terms():
-            own(weight.grad).add_(x if scale is None else x * scale, alpha=strength)
+        for w, kept, strength in terms():
+            if w.grad is not None and scale is None:
+                add_where_(own(w.grad), own(w), kept, strength)
+            elif w.grad is not None:
+                own(w.grad).add_(cut(own(w), kept) * scale, alpha=strength)
 
     def hook(optimizer: torch.optim.Optimizer, args: Args, kwargs: dict[str, Any]) -> tuple[Args, dict] | None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ..core.support import counted
 from .report import LayerReport, dead
 
 
@@ -30,13 +31,13 @@ class Tally:
         """Entries that the mask of this name keeps."""
         held = self._counted.get(name)
         if held is None or held[0] is not mask or held[1] != mask._version:
-            held = self._counted[name] = (mask, mask._version, int(mask.count_nonzero()))
+            held = self._counted[name] = (mask, mask._version, int(counted(mask)))
         return held[2]
 
     def report(self, name: str, kept: Tensor, groups: int) -> LayerReport:
         """One layer's line; `kept` has outputs first."""
         grown, moved = int(self._grown.get(name, 0)), int(self._moved.get(name, 0))
-        return LayerReport(name, int(kept.count_nonzero()), kept.numel(), grown, moved, *dead(kept, groups))
+        return LayerReport(name, int(counted(kept)), kept.numel(), grown, moved, *dead(kept, groups))
 
     def state_dict(self) -> dict[str, object]:
         """Plain numbers."""

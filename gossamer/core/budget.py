@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from .errors import BudgetError
+from .pattern import FEW
 from .schedule import Schedule, at
+from .support import counted
 
 B = TypeVar("B", bound="Budget")
-FEW = 8  # competitors that are ranked pair by pair
 FEW_POOLS = 8192  # below this, what costs is the number of calls, not the work
 _NUMPY_PARTITIONS = (torch.float32, torch.float64)
 
@@ -136,8 +137,9 @@ def top(s_RC: Tensor, k: int) -> Tensor:
     kth_R1 = _kth(s_RC, size - k + 1)
     if _eager_cpu(s_RC):
         # Without ties at the threshold, which is the usual case, one comparison is all; looking costs no wait here.
+        # At least k of each pool reach it, so where k·R do in all, each pool has k.
         reached_RC = s_RC >= kth_R1
-        if bool(((reached_RC.sum(1, keepdim=True) == k) & (kth_R1 != -math.inf)).all()):
+        if counted(reached_RC) == k * pools and bool((kth_R1 != -math.inf).all()):
             return reached_RC
     above_RC = s_RC > kth_R1
     tied_RC = (s_RC == kth_R1) & (kth_R1 != -math.inf)
@@ -164,12 +166,15 @@ def top_of_few(s_CR: Tensor, k: int) -> Tensor:
         first, second, votes_CP, start_C1 = _duels(size)
         lost_PR = (s_CR[second] > s_CR[first]).to(votes_CP.dtype)
         return (torch.addmm(start_C1, votes_CP, lost_PR) < k) & (s_CR != -math.inf)
-    rank_CR = torch.arange(size, dtype=torch.int8, device=s_CR.device)[:, None].repeat(1, pools)
+    # Ranks count from −k, so that winners are those below zero: their sign is the answer.
+    rank_CR = torch.arange(-k, size - k, dtype=torch.int8, device=s_CR.device)[:, None].repeat(1, pools)
     for gap in range(1, size):
         later_wins = (s_CR[gap:] > s_CR[:-gap]).view(torch.int8)
         rank_CR[:-gap] += later_wins
         rank_CR[gap:] -= later_wins
-    return (rank_CR < k) & (s_CR != -math.inf)
+    won_CR = (rank_CR >> 7).neg_().view(torch.bool)
+    # A sum that is a number has no −inf in it, and costs a twentieth of looking for one.
+    return won_CR if _eager_cpu(s_CR) and bool(s_CR.sum().isfinite()) else won_CR & (s_CR != -math.inf)
 
 
 @lru_cache(maxsize=FEW)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .cut import cut
 from .errors import BudgetError
 from .support import Support
 
@@ -41,12 +42,12 @@ class _Explored(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w: Tensor, kept: Tensor, learning: Tensor) -> Tensor:
         ctx.save_for_backward(learning)
-        return torch.where(kept, w, torch.zeros((), dtype=w.dtype, device=w.device))
+        return cut(w, kept)
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (learning,) = ctx.saved_tensors
-        return grad_outputs[0].masked_fill(~learning, 0), None, None
+        return cut(grad_outputs[0], learning), None, None
 
 
 def explored(w: Tensor, support: Support, learning: Support) -> Tensor:

@@ -25,6 +25,8 @@ _TOKEN = re.compile(r"\s*(\.\.\.|[A-Za-z_]\w*|\d+|[()\[\]{}])")
 _ROLE = {"[": "compete", "{": "tied"}
 _CLOSE = {"[": "]", "{": "}", "(": ")"}
 _ORDER = ("repeat", "compete", "tied")
+_COLUMNS = ("compete", "repeat", "tied")
+FEW = 8  # competitors that are ranked pair by pair
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class Pattern:
 
     def pools(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """(number of pools R, competitors in each C, entries tied to one decision T)."""
-        return _layout(self.expr, self.sizes, tuple(shape))[3]
+        return _layout(self.expr, self.sizes, tuple(shape))[4]
 
     @property
     def pool_size(self) -> int | None:
@@ -184,17 +186,21 @@ class Pattern:
 
     def split(self, x: Tensor) -> Tensor:
         """x of any shape the pattern names → x_RCT. Law: `merge(split(x)[..., 0], x.shape) == x` if nothing is tied."""
-        lengths, order, _, pools = _layout(self.expr, self.sizes, tuple(x.shape))
-        return x.reshape(lengths).permute(order).reshape(pools)
+        lengths, order, columns, _, (r, c, t) = _layout(self.expr, self.sizes, tuple(x.shape))
+        if c > FEW:
+            return x.reshape(lengths).permute(order).reshape(r, c, t)
+        # To be ranked pair by pair, the first competitors of all pools lie side by side, then all second ones ...
+        return x.reshape(lengths).permute(columns).reshape(c, r, t).transpose(0, 1)
 
     def merge(self, u_RC: Tensor, shape: Sequence[int]) -> Tensor:
         """u_RC → `shape`, copying each decision over its tied axes."""
-        lengths, order, back, pools = _layout(self.expr, self.sizes, tuple(shape))
+        lengths, order, _, back, pools = _layout(self.expr, self.sizes, tuple(shape))
         full = u_RC.unsqueeze(-1).expand(pools).reshape([lengths[i] for i in order])
         return full.permute(back).reshape(tuple(shape))
 
 
-Layout = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, int, int]]
+Axes = tuple[int, ...]
+Layout = tuple[Axes, Axes, Axes, Axes, tuple[int, int, int]]
 
 
 def _layout(expr: str, sizes: tuple[tuple[str, int], ...], shape: tuple[int, ...]) -> Layout:
@@ -208,16 +214,17 @@ _layout._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @lru_cache(maxsize=4096)
 def _cached_layout(expr: str, sizes: tuple[tuple[str, int], ...], shape: tuple[int, ...]) -> Layout:
-    """Axis lengths, the permutation to [repeat, compete, tied], the one back, and (R, C, T)."""
+    """Axis lengths, the permutations to [repeat, compete, tied] and to [compete, repeat, tied], the one back from the
+    first, and (R, C, T)."""
     placed = Pattern(expr, **dict(sizes)).place(shape)
-    order = _order(placed)
+    order, columns = _order(placed, _ORDER), _order(placed, _COLUMNS)
     back = sorted(range(len(order)), key=order.__getitem__)
     r, c, t = (math.prod(p.length for p in placed if p.role == role) for role in _ORDER)
-    return tuple(p.length for p in placed), tuple(order), tuple(back), (r, c, t)
+    return tuple(p.length for p in placed), tuple(order), tuple(columns), tuple(back), (r, c, t)
 
 
-def _order(placed: Sequence[Placed]) -> list[int]:
-    return [i for role in _ORDER for i, p in enumerate(placed) if p.role == role]
+def _order(placed: Sequence[Placed], roles: Sequence[str]) -> list[int]:
+    return [i for role in roles for i, p in enumerate(placed) if p.role == role]
 
 
 def _spread(expr: str, dims: tuple[tuple[Axis, ...], ...], rank: int, shape: tuple[int, ...]) -> list[tuple[Axis, ...]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .cut import cut, faded
 from .errors import BudgetError
 from .schedule import Schedule, Step, at
 from .support import Support
@@ -17,7 +18,7 @@ Shrink = Callable[[Tensor, Support], Tensor]
 
 def hard(w: Tensor, support: Support) -> Tensor:
     """w on the support, exactly 0 off it (a NaN off the support does not leak: it is replaced, not multiplied)."""
-    return torch.where(support.kept, w, torch.zeros((), dtype=w.dtype, device=w.device))
+    return cut(w, support.kept)
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ class _Through(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w: Tensor, kept: Tensor, fade: Tensor | float) -> Tensor:
         # A number is known to be 0 beforehand; a tensor may become 0 later in a compiled graph.
-        off = w * fade if isinstance(fade, Tensor) or fade else torch.zeros((), dtype=w.dtype, device=w.device)
-        return torch.where(kept, w, off)
+        return faded(w, kept, fade) if isinstance(fade, Tensor) or fade else cut(w, kept)
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
@@ -118,7 +118,7 @@ class Attenuate:
         """What a step makes of w; with `fade`, 1 or 0, what the forward pass sees before or after the cut."""
         if fade is None:
             return torch.where(support.kept, w, w * self.ratio)
-        return torch.where(support.kept | (fade > 0), w, torch.zeros((), dtype=w.dtype, device=w.device))
+        return cut(w, support.kept | (fade > 0))
 
     def at(self, step: int) -> Shrink:
         """The rule as it stands after `step` optimizer steps."""

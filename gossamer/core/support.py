@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +47,7 @@ class Support:
     @property
     def count(self) -> int:
         """Number of kept entries (waits for the device)."""
-        return int(self.kept.sum())
+        return int(counted(self.kept))
 
     @property
     def density(self) -> float:
@@ -94,3 +95,9 @@ class Support:
                 f"supports of shapes {tuple(self.shape)} and {tuple(other.shape)} speak of different tensors"
             )
         return other
+
+
+def counted(kept: Tensor) -> Tensor | int:
+    """How many entries of a bool tensor are True; on a device a tensor, so that nobody waits. NumPy is the faster."""
+    plain = type(kept) is Tensor and kept.device.type == "cpu" and not torch.compiler.is_compiling()
+    return int(np.count_nonzero(kept.numpy())) if plain else kept.count_nonzero()

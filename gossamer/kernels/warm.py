@@ -199,9 +199,18 @@ def _int4() -> Iterator[Job]:
 
 def _training() -> Iterator[Job]:
     from gossamer.kernels.cpu import sampled
+    from gossamer.kernels.cpu.cutting import FORMS, plan_cut
+    from gossamer.kernels.cpu.few import plan_best_of_few
 
     for g in GROUPS:
         yield f"sampled product, groups of {g}", partial(sampled.kernel, g, _INDEX_BYTES[0])
+    for form in FORMS:
+        yield f"values on a support, {form}", partial(plan_cut, 1, form)
+    for kept, size, side in product((2,), (4, 8), (1, 9)):
+        yield (
+            f"{kept}:{size} ranking, {side} side by side",
+            partial(plan_best_of_few, 1, size, side, kept, absolute=True),
+        )
 
 
 def _spgemm() -> Iterator[Job]:

@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "score": {"core"},
     "solve": {"core", "kernels"},
     "nn": {"core", "formats", "kernels"},
-    "attach": {"core", "score", "nn"},
+    "attach": {"core", "score", "kernels", "nn"},
     "methods": BELOW_METHODS,
     "recipes": BELOW_METHODS | {"methods"},
     "data": {"core"},
