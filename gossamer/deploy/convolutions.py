@@ -5,6 +5,7 @@ Shapes: N images, C input and M output channels, H x W pixels, K = C / groups * 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,7 +24,7 @@ class Images:
     """What a convolution was called with.
 
     Args:
-        shape: [N, C, H, W], [N, C, L], or either without N.
+        shape: [N, C, H, W], [N, C, L], [N, C, D, H, W], or any without N.
         channels_last: channels of a pixel lie side by side in memory.
     """
 
@@ -103,20 +104,17 @@ class Convolved:
 
 def pixels(conv: Convolution, shape: tuple[int, ...]) -> int:
     """Output pixels, of all images together."""
-    window = Shape.of(conv).window
     axes = conv.weight.dim() - 2
-    high, wide = (1, *shape[-axes:])[-2:]
-    down, across = window.output(high, wide)
-    return down * across * (shape[0] if len(shape) == axes + 2 else 1)
+    return math.prod(Shape.of(conv).output(shape[-axes:])) * (shape[0] if len(shape) == axes + 2 else 1)
 
 
 def kind_of(conv: Convolution, inputs: tuple[Images, ...]) -> str:
     """The layer and its images in words, such as "conv 3x3 /2 on 1x32x112x112"."""
     shape = Shape.of(conv)
-    window, axes = shape.window, shape.axes
-    words = "conv " + "x".join(map(str, window.kernel[-axes:]))
-    for sign, sizes in ((" /", window.stride), (" dilated ", window.dilation)):
-        words += "" if sizes == (1, 1) else sign + "x".join(dict.fromkeys(map(str, sizes[-axes:])))
+    options = shape.options()
+    words = "conv " + "x".join(map(str, options["kernel_size"]))
+    for sign, sizes in ((" /", options["stride"]), (" dilated ", options["dilation"])):
+        words += "" if set(sizes) == {1} else sign + "x".join(dict.fromkeys(map(str, sizes)))
     words += f" in {shape.groups} groups" if shape.groups > 1 else ""
     words += " of channels last" if shape.channels_last else ""
     return f"{words} on {' + '.join(dict.fromkeys(map(str, inputs)))}"

@@ -20,7 +20,7 @@ from .convolutions import Convolved, Images, kind_of, pixels
 from .examples import Example, call
 from .measure import Product
 
-CONVOLUTIONS = (nn.Conv2d, nn.Conv1d)
+CONVOLUTIONS = (nn.Conv2d, nn.Conv1d, nn.Conv3d)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def pack(
 ) -> nn.Module:
     """Store each layer in the format, and run it on the kernel, that measured fastest on its own shape.
 
-    Layers are `nn.Linear`, transformers' `Conv1D`, `nn.Conv2d` and `nn.Conv1d`. Plan → measure → swap: one pass
+    Layers are `nn.Linear`, transformers' `Conv1D`, and `nn.Conv1d` to `nn.Conv3d`. Plan → measure → swap: one pass
     learns every layer's number of tokens, or the images a convolution sees; each candidate is checked against
     torch's dense layer, then timed in turn with the others; layers where dense wins stay dense. Layers of one
     shape, structure and density (to 1 %) share one measurement, and the machine remembers it: packing such layers

@@ -13,7 +13,7 @@ from .layers import matrix_of, packed_layers
 def unpack(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Turn every packed layer into the dense layer it was, and put fused activations back in their places.
 
-    Weights come back bit for bit, as `nn.Linear`, transformers' `Conv1D`, `nn.Conv2d` or `nn.Conv1d`.
+    Weights come back bit for bit, as `nn.Linear`, transformers' `Conv1D`, `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`.
 
     Args:
         inplace: change the model itself instead of a copy.

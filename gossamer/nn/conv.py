@@ -1,6 +1,6 @@
 """PackedConv2d: a convolution whose weight is stored and multiplied in a sparse format.
 
-Shapes: N images, C input and M output channels, H x W pixels.
+Shapes: N images, C input and M output channels, D x H x W pixels.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, pad
+from torch.nn.functional import conv2d, conv3d, pad
 
 from gossamer.core.errors import DispatchError, FormatError
-from gossamer.kernels.cpu.window import Window, same_padding
+from gossamer.kernels.cpu.window import Depth, Window, same_padding
 from gossamer.kernels.reference import activate
 from gossamer.nn.linear import FormatLike, PackedLinear
 
-Convolution = nn.Conv2d | nn.Conv1d
+Convolution = nn.Conv2d | nn.Conv1d | nn.Conv3d
+_FLAT = Depth()
+_AXES: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 # Backends that leave a convolution to torch, on the unpacked weight; with None torch is the last resort.
 _TORCH = (None, "unpack", "dense", "reference")
 
@@ -27,12 +29,13 @@ class Shape:
     """What a convolution is besides its weight.
 
     Args:
-        kind: `nn.Conv2d` or `nn.Conv1d`.
+        kind: `nn.Conv2d`, `nn.Conv1d` or `nn.Conv3d`.
         channels: C, of all groups together.
-        window: kernel, stride, padding and dilation; of one line for `nn.Conv1d`.
+        window: kernel, stride, padding and dilation; of one line for `nn.Conv1d`, of one slice for `nn.Conv3d`.
         groups: as in torch.
         padding: as the dense layer was given it.
         channels_last: the dense weight lies so in memory, and torch then gives its results so, too.
+        depth: the window's third axis, of `nn.Conv3d`.
     """
 
     kind: type[Convolution]
@@ -41,39 +44,59 @@ class Shape:
     groups: int
     padding: Any
     channels_last: bool = False
+    depth: Depth = _FLAT
 
     @classmethod
     def of(cls, conv: nn.Module) -> Self:
         """What a convolution is besides its weight. Raises FormatError for what cannot be packed."""
-        if not isinstance(conv, nn.Conv2d | nn.Conv1d):
-            raise FormatError(f"PackedConv2d packs nn.Conv2d and nn.Conv1d, got {type(conv).__name__}; leave it dense")
+        kind = next((kind for kind in _AXES if isinstance(conv, kind)), None)
+        if kind is None:
+            raise FormatError(f"PackedConv2d packs nn.Conv1d to nn.Conv3d, got {type(conv).__name__}; leave it dense")
         if conv.padding_mode != "zeros":
             raise FormatError(f"PackedConv2d pads with zeros, the layer pads with {conv.padding_mode}; leave it dense")
-        kind = nn.Conv2d if isinstance(conv, nn.Conv2d) else nn.Conv1d
-        kernel, stride, dilation = (_pair(sizes, 1) for sizes in (conv.kernel_size, conv.stride, conv.dilation))
-        window = Window(kernel, stride, _padding(conv, kernel, dilation), dilation)
-        return cls(kind, conv.in_channels, window, conv.groups, conv.padding, lies_channels_last(conv.weight))
+        (deep, *kernel), (far, *stride), (apart, *dilation) = (
+            _three(sizes, 1) for sizes in (conv.kernel_size, conv.stride, conv.dilation)
+        )
+        (front, back), *sides = _padding(conv)
+        window = Window(tuple(kernel), tuple(stride), tuple(s[i] for i in (0, 1) for s in sides), tuple(dilation))
+        last = kind is nn.Conv2d and lies_channels_last(conv.weight)
+        depth = Depth(deep, far, front, back, apart)
+        return cls(kind, conv.in_channels, window, conv.groups, conv.padding, last, depth)
 
     @property
     def axes(self) -> int:
-        """Axes of pixels: 2 or 1."""
-        return 2 if self.kind is nn.Conv2d else 1
+        """Axes of pixels: 1, 2 or 3."""
+        return _AXES[self.kind]
+
+    @property
+    def taps(self) -> int:
+        """Weights of one kernel."""
+        return self.depth.kernel * self.window.taps
 
     @property
     def columns(self) -> int:
         """Weights of one output channel."""
-        return self.channels // self.groups * self.window.taps
+        return self.channels // self.groups * self.taps
 
     @property
     def pointwise(self) -> bool:
         """Whether it mixes channels at one pixel only."""
-        return self.window == Window((1, 1)) and self.groups == 1
+        return self.window == Window((1, 1)) and self.depth == _FLAT and self.groups == 1
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the dense layer."""
-        window, axes = self.window, self.axes
-        sizes = {"kernel_size": window.kernel, "stride": window.stride, "dilation": window.dilation}
+        window, depth, axes = self.window, self.depth, self.axes
+        sizes = {
+            "kernel_size": (depth.kernel, *window.kernel),
+            "stride": (depth.stride, *window.stride),
+            "dilation": (depth.dilation, *window.dilation),
+        }
         return {key: value[-axes:] for key, value in sizes.items()} | {"padding": self.padding, "groups": self.groups}
+
+    def output(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Pixels of the result along each axis. Raises FormatError when the window does not fit into the image."""
+        deep, high, wide = _three(size, 1)
+        return (self.depth.output(deep), *self.window.output(high, wide))[-self.axes :]
 
     def record(self) -> dict[str, Any]:
         """The same as JSON holds it: what a file says of a packed convolution."""
@@ -82,7 +105,7 @@ class Shape:
 
 
 class PackedConv2d(nn.Module):
-    """y = act(conv(x, W) + b) on images [N, C, H, W] (or lines [N, C, L]), with W stored as a format.
+    """y = act(conv(x, W) + b) on images [N, C, H, W], lines [N, C, L] or volumes, with W stored as a format.
 
     Plain inference in float32 on a CPU runs sparse kernels without im2col. Elsewhere, inside autocast, and where
     gradients are wanted, the weight is unpacked and convolved densely by torch; gradients reach x, the bias and the
@@ -124,7 +147,8 @@ class PackedConv2d(nn.Module):
         """Pack a convolution.
 
         Args:
-            conv: `nn.Conv2d` or `nn.Conv1d` with any stride, zero padding, dilation and groups; it is not changed.
+            conv: `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` with any stride, zero padding, dilation and groups; it is not
+                changed.
             fmt: as in `PackedLinear.from_linear`; it stores the weight flattened to [M, C / groups * kernel].
             backend: insist on a backend by name.
             activation: fused after the product.
@@ -143,7 +167,7 @@ class PackedConv2d(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight [M, C / groups, ...], unpacked afresh at every look."""
-        return self.linear.weight.unflatten(1, (-1, *self.shape.window.kernel[-self.shape.axes :]))
+        return self.linear.weight.unflatten(1, (-1, *self.shape.options()["kernel_size"]))
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -152,10 +176,10 @@ class PackedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        last = lies_channels_last(x)
+        last = self.shape.axes == 2 and lies_channels_last(x)
         y = self._pixels(x, last) if self.shape.pointwise else self._windows(x)
         # Torch hands on the layout it was given, and so no layer after this one has to turn it.
-        return _channels_last(y) if y.dim() == 4 and (last or self._turns) else y
+        return _channels_last(y) if y.dim() == 4 and self.shape.axes == 2 and (last or self._turns) else y
 
     @property
     def _turns(self) -> bool:
@@ -164,13 +188,13 @@ class PackedConv2d(nn.Module):
     def _check(self, x: Tensor) -> None:
         axes, channels = self.shape.axes, self.shape.channels
         if x.dim() not in (axes + 1, axes + 2) or x.shape[-axes - 1] != channels:
-            want = f"images [N, {channels}, H, W]" if axes == 2 else f"lines [N, {channels}, L]"
+            want = ("lines [N, {}, L]", "images [N, {}, H, W]", "volumes [N, {}, D, H, W]")[axes - 1].format(channels)
             raise FormatError(f"the layer takes {want} or without N, got shape {tuple(x.shape)}")
         dtype = self.linear.values.dtype
         if x.layout is not torch.strided or (x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)):
             raise FormatError(f"the layer's weights are {dtype}, x is {x.dtype} in the layout {x.layout}; convert one")
         if not torch.compiler.is_compiling():
-            self.shape.window.output(*((1,) * (2 - axes) + tuple(x.shape[-axes:])))
+            self.shape.output(tuple(x.shape[-axes:]))
 
     def _pixels(self, x: Tensor, last: bool) -> Tensor:
         """A 1x1 convolution: sparse kernels read images in their own layout, others see pixels as tokens."""
@@ -217,15 +241,24 @@ class PackedConv2d(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             return None
         from gossamer.kernels.cpu.conv import sparse_conv
+        from gossamer.kernels.cpu.conv3d import sparse_conv3d
 
-        weights = linear.current_plan().runner.ordered
-        return sparse_conv(weights, x.contiguous(), shape.window, linear.bias, linear.activation, groups=shape.groups)
+        weights, x = linear.current_plan().runner.ordered, x.contiguous()
+        how = linear.bias, linear.activation
+        if shape.axes == 3:
+            return sparse_conv3d(weights, x, shape.window, shape.depth, *how, groups=shape.groups)
+        return sparse_conv(weights, x, shape.window, *how, groups=shape.groups)
 
     def _dense(self, x: Tensor) -> Tensor:
         """The same by torch, from the unpacked weight."""
-        linear, window = self.linear, self.shape.window
-        weight = linear.weight.unflatten(1, (-1, *window.kernel))
+        linear, window, depth = self.linear, self.shape.window, self.shape.depth
         top, left, bottom, right = window.padding
+        if self.shape.axes == 3:
+            x = pad(x, (left, right, top, bottom, depth.front, depth.back))
+            steps, apart = (depth.stride, *window.stride), (depth.dilation, *window.dilation)
+            y = conv3d(x, self.weight, linear.bias, steps, 0, apart, self.shape.groups)
+            return activate(y, linear.activation)
+        weight = linear.weight.unflatten(1, (-1, *window.kernel))
         if (top, left) != (bottom, right):
             x, top, left = pad(x, (left, right, top, bottom)), 0, 0
         y = conv2d(x, weight, linear.bias, window.stride, (top, left), window.dilation, self.shape.groups)
@@ -261,16 +294,17 @@ def _channels_last(x: Tensor) -> Tensor:
     return x if lies_channels_last(x) else x.to(memory_format=torch.channels_last)
 
 
-def _pair(sizes: tuple[int, ...], missing: int) -> tuple[int, int]:
-    """Sizes down and across; a line has one only."""
-    return (missing, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
+def _three(sizes: tuple[int, ...], missing: int) -> tuple[int, int, int]:
+    """Sizes along depth, height and width; a line has the last one only."""
+    return (*(missing,) * (3 - len(sizes)), *sizes)  # type: ignore[return-value]
 
 
-def _padding(conv: Convolution, kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Padding as top, left, bottom, right; torch's "same" puts an odd one below and on the right."""
+def _padding(conv: Convolution) -> tuple[tuple[int, int], ...]:
+    """Zeros before and behind along depth, height and width; torch's "same" puts an odd one behind."""
     if conv.padding == "valid":
-        return 0, 0, 0, 0
-    if conv.padding == "same":
-        return same_padding(kernel, (1, 1), dilation, 1, 1)
-    down, across = _pair(conv.padding, 0)
-    return down, across, down, across
+        return ((0, 0),) * 3
+    if conv.padding != "same":
+        return tuple((n, n) for n in _three(conv.padding, 0))
+    kernel, dilation = _three(conv.kernel_size, 1), _three(conv.dilation, 1)
+    sides = (same_padding((1, k), (1, 1), (1, d), 1, 1) for k, d in zip(kernel, dilation))
+    return tuple((left, right) for _, left, _, right in sides)

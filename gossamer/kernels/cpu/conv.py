@@ -46,6 +46,21 @@ class Tuning:
     panel: int | None = None
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Where images lie that do not follow each other, in floats.
+
+    Args:
+        x_image: from image to image of x; they may overlap.
+        x_channels_C: int64 [C]; of each channel, from the beginning of its image.
+        y_image: from image to image of y.
+    """
+
+    x_image: int
+    x_channels_C: Tensor
+    y_image: int
+
+
 def dense_stream(weight_MK: Tensor) -> Stream:
     """A dense weight as a stream that keeps everything, in groups of eight rows: for first convolutions.
 
@@ -73,6 +88,7 @@ def plan_conv(
     residual: bool = False,
     threads: int = 1,
     strides: tuple[int, int] | None = None,
+    spread: Spread | None = None,
     tuning: Tuning | None = None,
 ) -> Launch:
     """Lay out act(conv(x) + bias + residual) on image planes; run it with addresses x, y, bias[, residual].
@@ -87,6 +103,7 @@ def plan_conv(
         residual: whether a fourth address brings planes to add, of the size of y, which may be y itself; bias may be 0.
         threads: how many may work.
         strides: floats from plane to plane of x and of y (and the residual); `plane_stride` of their pixels if None.
+        spread: where images and channels lie, if not one behind the other.
         tuning: how to lay it out, for measuring.
 
     Raises:
@@ -107,6 +124,8 @@ def plan_conv(
     pixels, out_pixels = high * wide, out_high * out_wide
     x_plane, y_plane = strides or (plane_stride(pixels), plane_stride(out_pixels))
     channels, runs = weights.cols // window.taps * groups, weights.runs and _wasted(out_wide, lanes()) < 2
+    spread = spread or Spread(x_plane * channels, torch.arange(channels) * x_plane, y_plane * weights.rows)
+    channels_at = 4 * spread.x_channels_C
     most = runs_kernel.HEIGHTS[-1] if runs else conv_kernel.widths(weights.g)[-1]
     work = weights.values_EG.numel() * out_pixels * images
     threads = max(1, min(threads, work // conv_plan.GRAIN))
@@ -125,13 +144,13 @@ def plan_conv(
 
     more = (lines.across, 4 * lines.strip, lines.depth, window.stride[0]) if isinstance(lines, Columns) else ()
 
-    def numbers(lines: Lines, chunks: int, below: int) -> tuple[tuple[int, ...], tuple[Tensor, Tensor]]:
+    def numbers(lines: Lines, chunks: int, below: int) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
         # Of the output lines from `below` on.
         table, places = torch.from_numpy(lines.table()), torch.from_numpy(lines.places())
         table[:, 0] += below * window.stride[0]
         fixed = (
             images * lines.panels * chunks, chunks, lines.panels, scratch, sums_at,
-            4 * x_plane * channels, 4 * x_plane, 4 * y_plane * weights.rows, 4 * y_plane,
+            4 * spread.x_image, channels_at.data_ptr(), 4 * spread.y_image, 4 * y_plane,
             weights.rows, weights.groups, blocks, starts.data_ptr(), offsets.data_ptr(),
             weights.values_EG.data_ptr(), channels, 4 * lines.channel,
             table.data_ptr(), len(table), lines.pitch, lines.panel * window.stride[0], window.stride[1], high, wide,
@@ -139,7 +158,7 @@ def plan_conv(
             4 * lines.panel * out_wide, 4 * lines.out_high * out_wide, code, low_at, high_at, zeros_at(),
             order.data_ptr() if ordered else 0, *more,
         )  # fmt: skip
-        return fixed, (table, places)
+        return fixed, (table, places, channels_at)
 
     def part(first: int, last: int) -> Part:
         l0, l1, shift = first // out_wide, last // out_wide, 4 * first

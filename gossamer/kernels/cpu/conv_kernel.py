@@ -21,7 +21,7 @@ LANES = lanes()
 # Byte offsets in the argument block, in the order in which `conv` writes them.
 (
     SLOT, NEXT, SCRATCH, X, Y, BIAS, RESIDUAL,
-    TASKS, CHUNKS, PANELS, SCRATCH_BYTES, SUMS, X_IMAGE, X_ROW, Y_IMAGE, Y_ROW,
+    TASKS, CHUNKS, PANELS, SCRATCH_BYTES, SUMS, X_IMAGE, X_CHANNELS, Y_IMAGE, Y_ROW,
     ROWS, GROUPS, BLOCKS, STARTS, OFFSETS, VALUES, CHANNELS, CHANNEL,
     LINES, LINE_COUNT, PITCH, PANEL_HIGH, STRIDE_WIDE, HIGH, WIDE,
     VECTORS, LAST_VECTORS, PLACES, PLACES_PANEL, PANEL_BYTES, OUT_BYTES, ACTIVATION, LOW, UP, ZERO, ORDER,
@@ -40,9 +40,9 @@ def pack(args, x, number, panel):
     """Copy the lines that panel `number` needs, of every channel of the image at x."""
     table, count, pitch = get(args + LINES), get(args + LINE_COUNT), get(args + PITCH)
     high, wide, step = get(args + HIGH), get(args + WIDE), get(args + STRIDE_WIDE)
-    x_row, channel, above = get(args + X_ROW), get(args + CHANNEL), number * get(args + PANEL_HIGH)
+    channels_at, channel, above = get(args + X_CHANNELS), get(args + CHANNEL), number * get(args + PANEL_HIGH)
     for c in range(get(args + CHANNELS)):
-        source, target = x + c * x_row, panel + c * channel
+        source, target = x + get(channels_at + 8 * c), panel + c * channel
         for k in range(count):
             row = above + get(table + 24 * k)
             first, to = get(table + 24 * k + 8), target + get(table + 24 * k + 16)

@@ -28,9 +28,9 @@ def pack(args, x, number, panel):
     table, count, depth = get(args + conv.LINES), get(args + conv.LINE_COUNT), get(args + DEPTH)
     high, wide, step = get(args + conv.HIGH), get(args + conv.WIDE), get(args + conv.STRIDE_WIDE)
     down, above = get(args + STRIDE_HIGH), number * get(args + conv.PANEL_HIGH)
-    x_row, channel = get(args + conv.X_ROW), get(args + conv.CHANNEL)
+    channels_at, channel = get(args + conv.X_CHANNELS), get(args + conv.CHANNEL)
     for c in range(get(args + conv.CHANNELS)):
-        source, target = x + c * x_row, panel + c * channel
+        source, target = x + get(channels_at + 8 * c), panel + c * channel
         for k in range(count):
             row, first = above + get(table + 24 * k), get(table + 24 * k + 8)
             # Lines above the image, in it, and below it.

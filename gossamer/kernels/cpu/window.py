@@ -54,6 +54,42 @@ class Window:
         return rooms[0] // self.stride[0] + 1, rooms[1] // self.stride[1] + 1
 
 
+@dataclass(frozen=True)
+class Depth:
+    """A window's third axis, before height and width.
+
+    Args:
+        kernel: slices of the kernel, at least 1.
+        stride: steps from slice to slice, at least 1.
+        front, back: slices of zeros before and behind the volume, at least 0.
+        dilation: distance between taps, at least 1.
+
+    Raises:
+        FormatError: a number is out of range.
+
+    Example:
+        >>> Depth(3, stride=2, front=1, back=1).output(8)
+        4
+    """
+
+    kernel: int = 1
+    stride: int = 1
+    front: int = 0
+    back: int = 0
+    dilation: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.kernel, self.stride, self.dilation) < 1 or min(self.front, self.back) < 0:
+            raise FormatError(f"kernel, stride and dilation are at least 1 and padding at least 0, got {self}")
+
+    def output(self, deep: int) -> int:
+        """Slices of the result. Raises FormatError when the window does not fit into the padded volume."""
+        room = deep + self.front + self.back - (self.kernel - 1) * self.dilation - 1
+        if room < 0 or deep < 1:
+            raise FormatError(f"{self} does not fit into a volume of {deep} slices")
+        return room // self.stride + 1
+
+
 def same_padding(kernel: Pair, stride: Pair, dilation: Pair, high: int, wide: int) -> tuple[int, int, int, int]:
     """Padding (top, left, bottom, right) by which an image of H x W gives ceil(H / stride) x ceil(W / stride).
 
