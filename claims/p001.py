@@ -29,7 +29,7 @@ def _sparse(method: str, steps: int, model: nn.Module, optimizer: torch.optim.Op
 
 
 def run(full: bool = False) -> Outcome:
-    effort, seeds = Effort(60000, 8, rate=1e-3) if full else Effort(12000, 3, rate=1e-3), range(3)
+    effort, seeds = Effort(60000, 5, rate=1e-3) if full else Effort(12000, 3, rate=1e-3), range(3)
     build = lambda width: Transformer(width, depth=2)
     found = {
         m: [train(64, effort, seed=s, sparse=partial(_sparse, m, effort.steps), build=build)[1] for s in seeds]

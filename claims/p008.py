@@ -47,7 +47,7 @@ def _trained(effort: Effort, pattern: str, pull: float, seed: int) -> tuple[floa
 
 
 def run(full: bool = False) -> Outcome:
-    effort, seeds = Sgd(60000, 8, rate=0.05) if full else Sgd(12000, 2, rate=0.05), range(3)
+    effort, seeds = Sgd(60000, 5, rate=0.05) if full else Sgd(12000, 2, rate=0.05), range(3)
     ours, held = {}, True
     for pattern in PATTERNS:
         plain, refined = ([_trained(effort, pattern, pull, s) for s in seeds] for pull in (0.0, 2e-4))

@@ -44,12 +44,12 @@ def _sparse(small: int, effort: Effort) -> Sparse:
 
 
 def run(full: bool = False) -> Outcome:
-    effort = Effort(60000, 8, batch=32) if full else Effort(24000, 4, batch=32)
+    effort = Effort(60000, 5, batch=32) if full else Effort(24000, 4, batch=32)
     ours, holds = {}, []
     for small in (5, 3, 2):
         runs = [
             (train(small, effort, seed=s), train(LARGE, effort, seed=s, sparse=_sparse(small, effort)))
-            for s in range(4 if full else 2)
+            for s in range(3 if full else 2)
         ]
         dense, sparse = (mean(r[i][1] for r in runs) for i in (0, 1))
         counts = [max(_count(r[i][0]) for r in runs) for i in (0, 1)]

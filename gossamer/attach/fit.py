@@ -14,6 +14,7 @@ from ..core.search import refuse_pools
 from ..core.shrink import StraightThrough
 from ..core.sparsifier import Sparsifier, require_finite
 from ..core.support import Support
+from .calibrate import without_statistics
 from .targets import Target
 from .twoway import refuse_one_way
 
@@ -23,7 +24,7 @@ def refuse_misfits(model: nn.Module, sparsifier: Sparsifier, targets: Sequence[T
 
     Raises:
         NonFiniteError: a weight holds NaN or infinity.
-        TargetError: the sparsifier wants a layer's backward pass changed, and it cannot be.
+        TargetError: the sparsifier wants a layer's backward pass changed, or its columns seen, and neither can be.
         PatternError: a pattern does not fit; the message says why for the first layer, and names all of them.
     """
     misfits = {}
@@ -31,6 +32,8 @@ def refuse_misfits(model: nn.Module, sparsifier: Sparsifier, targets: Sequence[T
         require_finite(t.weight(model), f"the weight of layer {t.name!r}")
         if sparsifier.backward is not None:
             refuse_one_way(model, t)
+        if isinstance(sparsifier.policy, DropGrow) and "correlation" in sparsifier.policy.evidence:
+            _refuse_unseen(model, t)
         try:
             _place(model, sparsifier, t)
         except PatternError as error:
@@ -84,6 +87,11 @@ def refuse_other_state(state: Mapping[str, object], sparsifier: Sparsifier) -> N
         raise FileDamaged(
             f"this state is of method {state['method']!r}, the handle's is {sparsifier.name!r}; attach it"
         )
+
+
+def _refuse_unseen(model: nn.Module, target: Target) -> None:
+    if reason := without_statistics(target.module(model)):
+        raise TargetError(f"links of layer {target.name!r} cannot move by correlation: {reason}; skip= it")
 
 
 def _place(model: nn.Module, sparsifier: Sparsifier, target: Target) -> None:

@@ -17,9 +17,12 @@ from ..core.sparsifier import Sparsifier, require_finite
 from ..core.support import Support, counted
 from ..score import salt
 from .account import Account
+from .activity import Activity
 from .choose import choose_both
 from .dense_gradient import DenseGradients
+from .evidence import Evidence
 from .fit import part_in_steps, refuse_misfits, refuse_other_state, refuse_other_supports
+from .frozen import Frozen, frozen
 from .masked import Masked
 from .meter import Meter
 from .moving import moved
@@ -62,6 +65,9 @@ class Handle(Account):
         for t in self.targets:
             self._hold(t)
         self._gradients = self._dense_gradients()
+        activity = lambda: Activity(model, self.targets, self._original)
+        self._evidence = Evidence(sparsifier.policy, self.targets, self._mask, self._gradients, activity)
+        self._frozen = Frozen()
         self._pulling = self._pull()
         self._meter = Meter(model, self.targets)
         if start is None:
@@ -82,6 +88,7 @@ class Handle(Account):
             raise TargetError(f"method {self.sparsifier.name!r} {part}; call handle.follow(optimizer) before")
         self.steps += 1
         self._meter.add(*self._work())
+        self._evidence.note()
         self._update_if_due()
         self._fade()
         self._project()
@@ -108,6 +115,8 @@ class Handle(Account):
         self._stop_pulling()
         self._pulling = self._pull()
         self._project()
+        if any(is_sharded(self._original(t)) for t in self.targets):
+            self._listen()  # what listened to the whole parameters would hear nothing of the sharded ones
 
     def supports(self) -> dict[str, Support]:
         """The current support of every layer, in the layout its weight is stored in."""
@@ -125,6 +134,27 @@ class Handle(Account):
             self._take(held[name], support.kept.to(self._mask(held[name]).mask.device))
         self._project()
 
+    def freeze(self, supports: Mapping[str, Support], values: Mapping[str, Tensor]) -> None:
+        """These entries learn no more: their gradient is 0, and wherever a layer keeps one it has its value given here.
+
+        Ask again after loading a state, which does not hold them; another call takes the place of this one.
+
+        Args:
+            supports: what is frozen, by layer, in the layout its weight is stored in.
+            values: weights of these layers, read where something is frozen.
+
+        Raises:
+            TargetError: a name or a shape is not that of a layer held, pruned weights learn, or weights are sharded or
+                stored sparse.
+        """
+        found = frozen(self, supports, values)
+        self._gradients.off()  # its hooks must come after these: what is frozen has no gradient to grow by
+        self._frozen.thaw()
+        self._frozen = found
+        found.hook()
+        self._project()
+        self._listen()
+
     @property
     def held(self) -> bool:
         """False once the masks were taken away."""
@@ -141,7 +171,8 @@ class Handle(Account):
                 "the masks of sharded weights cannot be taken away; gather the model's full state dict, load it into "
                 "an unsharded model that was attached the same way, and call remove() there"
             )
-        self._gradients.off()
+        self._evidence.off()
+        self._frozen.thaw()
         self._meter.rest()
         self._stop_pulling()
         for t in self.targets:
@@ -179,6 +210,8 @@ class Handle(Account):
         two_way = self.sparsifier.backward is not None
         everything = torch.ones_like(target.stored(self.model), dtype=torch.bool)
         mask = Masked(everything, self.sparsifier.shrink, two_way=two_way)
+        if isinstance(self.sparsifier.policy, DropGrow):
+            mask.remember(target.stored(self.model), self.sparsifier.policy.evidence)
         for module, tensor in sharers(self.model, target):  # tied layers share one mask
             put_behind(mask, module, tensor)
             if two_way:
@@ -234,6 +267,7 @@ class Handle(Account):
         if self.steps:
             self._tally.change(target.name, counted(kept > mask), counted(kept ^ mask))
         mask.copy_(kept)
+        self._evidence.kept(target, kept)
 
     def _choose(self) -> Iterator[tuple[Target, Support]]:
         """New supports by score; layer by layer, so that the scores of one layer at a time are held."""
@@ -250,34 +284,21 @@ class Handle(Account):
             yield t, kept
 
     def _stats(self, target: Target) -> dict[str, Tensor]:
-        return {"salt": salt(target.name)}
+        return {"salt": salt(target.name), "place": torch.tensor(self.targets.index(target))}
 
     def _move(self) -> dict[Target, Support]:
         """Drop and grow. A step whose gradient overflowed (a GradScaler skips it) leaves the move to the next one."""
         policy = self.sparsifier.policy
         assert isinstance(policy, DropGrow)
-        by_gradient = policy.grow == "gradient"
-        gradients = self._gradients.take() if by_gradient else {}
-        if by_gradient and not gradients:
-            raise TargetError(
-                f"the support is due to move after step {self.steps}, but no gradient reached its layers; "
-                "call loss.backward(), optimizer.step() and then handle.step()"
-            )
-        self._waiting = not all(bool(g.isfinite().all()) for g in gradients.values())
+        found = self._evidence.take(self.steps)
+        self._waiting = not all(bool(x.isfinite().all()) for stats in found.values() for x in stats.values())
         if self._waiting:
             return {}
-        moving = [t for t in self.targets if not by_gradient or t.name in gradients]
-        held = {t: Support(t.turned(self._mask(t).mask)) for t in moving}
-        return moved(policy, self.sparsifier.pattern, held, self._view, gradients, self.steps)
-
-    def _listens(self) -> bool:
-        """The dense gradient of the step to come is needed."""
-        policy = self.sparsifier.policy
-        wanted = isinstance(policy, DropGrow) and policy.grow == "gradient"
-        return wanted and (self._waiting or policy.due(self.steps + 1))
+        held = {t: Support(t.turned(self._mask(t).mask)) for t in found}
+        return moved(policy, self.sparsifier.pattern, held, self._view, found, self.steps)
 
     def _listen(self) -> None:
-        (self._gradients.on if self._listens() else self._gradients.off)()
+        self._evidence.listen(self._waiting or self.sparsifier.policy.due(self.steps + 1))
 
     def _project(self) -> None:
         """Pruned weights, and every optimizer slot shaped like them, are exactly zero."""
@@ -289,5 +310,6 @@ class Handle(Account):
                 kept = part_of(mask.mask, original)
                 for pruned in (original, *slots(self.optimizer, original)):
                     cut_(own(pruned), kept)
+                self._frozen.hold(t.name, original, kept, slots(self.optimizer, original))
                 if not is_sharded(original):
                     mask.settle(original)

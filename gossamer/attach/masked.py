@@ -23,6 +23,8 @@ class Masked(nn.Module):
     While `listening`, the gradient of the dense weight reaches the original: same forward, no cut on the way back.
     A weight whose zeros are in place (`settle`) is used as it is, without a copy, as long as nobody writes to it.
     Where the shrink rule fades with time, `fade` holds what is left now; as a buffer it leaves compiled graphs alone.
+    What moves of the support go by, and outlives a step, is here where a policy asks for it (see `remember`): `fired`,
+    entries kept at some time, and `momentum`, the running mean of the dense gradient.
     """
 
     def __init__(self, kept: Tensor, shrink: Shrink = hard, *, two_way: bool = False) -> None:
@@ -31,9 +33,18 @@ class Masked(nn.Module):
         self.register_buffer("back", kept.clone() if two_way else None)
         fades = callable(fade_of(shrink))
         self.register_buffer("fade", torch.ones((), device=kept.device) if fades else None)
+        self.register_buffer("fired", None)
+        self.register_buffer("momentum", None)
         self.shrink = shrink
         self.listening = False
         self._settled: tuple[object, ...] | None = None
+
+    def remember(self, original: Tensor, evidence: frozenset[str]) -> None:
+        """Hold what of the evidence outlives a step, of this weight."""
+        if "fired" in evidence:
+            self.fired = torch.zeros_like(self.mask)
+        if "momentum" in evidence:
+            self.momentum = torch.zeros_like(original.detach())
 
     def forward(self, original: Tensor) -> Tensor:
         if self.fade is not None:

@@ -33,10 +33,19 @@ def put_behind(mask: nn.Module, module: nn.Module, tensor: str) -> None:
 
 
 def let_go(module: nn.Module, tensor: str) -> None:
-    """What was seen through the mask is the weight from now on; the parameter is the same."""
+    """What was seen through the mask is the weight from now on; the parameter is the same, and in its old place."""
     parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
+    _put_in_order(module)
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
+
+
+def _put_in_order(module: nn.Module) -> None:
+    """The layer's parameters as they were when it was built: states of optimizers know them by their number."""
+    first = module._flat_weights_names if isinstance(module, nn.RNNBase) else ("weight", "weight_ih", "weight_hh")
+    here = module._parameters
+    for name in [*(n for n in first if n in here), *(n for n in here if n not in first)]:
+        here[name] = here.pop(name)
 
 
 def _read_at_each_look(module: nn.RNNBase) -> None:

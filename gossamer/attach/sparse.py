@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..core.dropgrow import DropGrow
 from ..core.errors import TargetError
 from ..core.shrink import hard
 from ..core.sparsifier import Sparsifier
@@ -92,7 +93,7 @@ class SparseHandle(Handle):
 
     def remove(self) -> nn.Module:
         """Make the layers plain linear ones again, with zeros in their weights, and return the model."""
-        self._gradients.off()
+        self._evidence.off()
         self._meter.rest()
         for t in self.targets:
             layer = self._layer(t)
@@ -170,6 +171,8 @@ def refuse_what_is_not_linear(
         raise TargetError(f"{sparsifier.name!r} lets pruned weights learn, so they must exist; use backend='masked'")
     if sparsifier.backward is not None:
         raise TargetError(f"{sparsifier.name!r} has a second support for the backward pass; use backend='masked'")
+    if isinstance(sparsifier.policy, DropGrow) and (dense := sparsifier.policy.evidence & {"fired", "momentum"}):
+        raise TargetError(f"{sparsifier.name!r} keeps {min(dense)!r} of every entry; use backend='masked'")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise TargetError("parameters that change their length cannot be shared by processes; use backend='masked'")
     if optimizer is None:

@@ -19,6 +19,10 @@ from .schedule import Schedule, at
 from .support import Support
 
 Worth = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+# What a way of growing goes by, beside the weight.
+GROWTH = {"gradient": "gradient", "momentum": "momentum", "random": None, "unfired": "fired"}
+# What training can tell of every entry of a weight, kept or not.
+EVIDENCE = ("correlation", "fired", "gradient", "momentum")
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,16 @@ class DropGrow:
 
     Args:
         drop: worth of a kept link, (weight, statistics) → scores; the lowest go.
-        grow: worth of a link outside: a score, "gradient" (|∂L/∂w| of the dense weight) or "random".
+        grow: worth of a link outside: a score; "gradient", |∂L/∂w| of the dense weight; "momentum", |m| of the running
+            mean m ← 0.9·m + 0.1·∂L/∂w; "random"; or "unfired", random among links never kept before, then the others.
         fraction: ζ, in [0, 1], or a schedule of it.
         until: last step at which the support may move. Unit: optimizer steps.
         every: steps between moves, at least 1 and at most `until`.
         regrow: links dropped in this step may come back in the same step (they then keep their values).
         across: counts may wander between layers: all layers drop and grow as one pool.
-        seed: of the lots of "random" growth.
+        seed: of the lots of "random" and "unfired" growth.
+        needs: what scores given as functions find in their statistics beside "salt": "gradient" (∂L/∂w), "momentum"
+            (m), "fired" (kept at some time), "correlation" (of the layer's inputs and outputs, in [−1, 1]).
 
     Raises:
         BudgetError: a field is out of range, or no move would ever be due.
@@ -57,10 +64,13 @@ class DropGrow:
     regrow: bool = True
     across: bool = False
     seed: int = 0
+    needs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.grow, str) and self.grow not in ("gradient", "random"):
-            raise BudgetError(f"grow= is a score, 'gradient' or 'random', got {self.grow!r}")
+        if isinstance(self.grow, str) and self.grow not in GROWTH:
+            raise BudgetError(f"grow= is a score or one of {', '.join(map(repr, GROWTH))}, got {self.grow!r}")
+        if unheard := [need for need in self.needs if need not in EVIDENCE]:
+            raise BudgetError(f"needs= names {unheard[0]!r}; training can tell {', '.join(EVIDENCE)}")
         if not callable(self.fraction) and not 0.0 <= self.fraction <= 1.0:
             raise BudgetError(f"the fraction that moves lies between 0 and 1, got {self.fraction}; try 0.3")
         if not 1 <= self.every <= self.until:
@@ -68,6 +78,12 @@ class DropGrow:
                 f"a support that moves every {self.every} steps until step {self.until} would never move; "
                 f"take every= between 1 and {self.until}, or train longer"
             )
+
+    @property
+    def evidence(self) -> frozenset[str]:
+        """What training must tell of a weight before a move."""
+        grown_by = GROWTH[self.grow] if isinstance(self.grow, str) else None
+        return frozenset(self.needs) | ({grown_by} if grown_by else set())
 
     def due(self, step: int) -> bool:
         return step == 0 or (0 < step <= self.until and step % self.every == 0)
@@ -128,3 +144,14 @@ def _top_each(s_RC: Tensor, k_R: Tensor) -> Tensor:
         return top(s_RC, int(k_R))
     rank_RC = s_RC.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return (rank_RC < k_R[:, None]) & (s_RC != -math.inf)
+
+
+def one_of(grow: str, ways: tuple[str, ...], hint: str) -> str:
+    """`grow`, if it is one of a method's ways.
+
+    Raises:
+        BudgetError: it is not.
+    """
+    if grow not in ways:
+        raise BudgetError(f"grow= is {' or '.join(map(repr, ways))}, got {grow!r}; {hint}")
+    return grow

@@ -3,11 +3,13 @@
 from .activation import weight_times_input_norm
 from .flow import synaptic_flow, weight_times_flow
 from .gradient import HessianGradient, gradient_flow, gradient_times_weight, loss_gradient
+from .groups import Groups
 from .magnitude import magnitude
 from .random import Random, random, salt
 from .trial import Trial
 
 __all__ = [
+    "Groups",
     "HessianGradient",
     "Random",
     "Trial",

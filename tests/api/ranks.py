@@ -23,6 +23,9 @@ RUN = {"density": 0.25, "total_steps": STEPS, "every": 2}
 METHODS = {
     "rigl": RUN,
     "set": RUN,
+    "set unfired": {**RUN, "grow": "unfired"},
+    "rigl momentum": {**RUN, "grow": "momentum"},
+    "g2gnet": {**RUN, "groups": 4, "fraction": 0.3},
     "static": {"density": 0.25},
     "gradual_magnitude": RUN,
     "topkast": {"density": 0.25, "every": 2},
@@ -31,7 +34,8 @@ METHODS = {
     "decaying_mask": {"pattern": "2:4", "total_steps": STEPS},
 }
 SHARDED = tuple(m for m in METHODS if m != "topkast")  # which says that it cannot
-HARD = ("rigl", "set", "static", "gradual_magnitude")  # pruned weights are zero, in the others they live on
+SOFT = ("topkast", "sr_ste", "bdwp", "decaying_mask")  # pruned weights live on, in the others they are zero
+HARD = tuple(m for m in METHODS if m not in SOFT)
 
 
 def net() -> nn.Sequential:
@@ -40,7 +44,7 @@ def net() -> nn.Sequential:
 
 
 def attached(model: nn.Module, method: str, optimizer: object):
-    return gossamer.attach(model, method, optimizer=optimizer, **METHODS[method])
+    return gossamer.attach(model, method.split()[0], optimizer=optimizer, **METHODS[method])
 
 
 def batch(step: int, rank: int, ranks: int) -> torch.Tensor:

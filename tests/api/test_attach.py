@@ -129,3 +129,13 @@ def test_what_attach_would_ignore_is_refused() -> None:
         gossamer.attach(net(), sparsifier, density=0.1)
     with pytest.raises(TargetError, match="hard"):
         gossamer.attach(net(), replace(sparsifier, shrink=soft(0.1)))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(3, 4), nn.Conv1d(2, 3, 2), nn.LSTM(3, 4, 2, proj_size=2), nn.GRUCell(3, 4)]
+)
+def test_parameters_are_in_their_old_order_once_the_masks_are_gone(layer: nn.Module) -> None:
+    model = nn.Sequential(copy.deepcopy(layer), nn.LayerNorm(3))
+    before = [(n, id(p)) for n, p in model.named_parameters()]
+    gossamer.attach(model, "magnitude", density=0.5).remove()
+    assert [(n, id(p)) for n, p in model.named_parameters()] == before

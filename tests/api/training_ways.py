@@ -18,6 +18,7 @@ from gossamer.core import Method, methods
 STEPS = 10
 # Options of methods whose defaults are for long runs, or that need more than a density.
 OWN: dict[str, dict[str, object]] = {"fast_sparse_convnets": {"pattern": "unstructured"}}
+OWN |= {"g2gnet": {"groups": 4, "fraction": 0.3}}
 OWN |= {name: {"pattern": "1:4"} for name in ("sr_ste", "decaying_mask", "decaying_structure", "bdwp")}
 SHORT = {"total_steps": STEPS, "density": 0.25, "every": 2}
 

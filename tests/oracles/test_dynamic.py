@@ -65,6 +65,8 @@ class Twin:
         counts = erk_counts(density)
         self.m = {n: best(lots(n, SIZES[n], seed), counts[n]) for n in SIZES}
         self.v = {n: np.zeros(SIZES[n]) for n in SIZES}
+        self.mean = {n: np.zeros(SIZES[n]) for n in SIZES}
+        self.fired = {n: m.copy() for n, m in self.m.items()}
         self.vb = {n: np.zeros(SIZES[n][0]) for n in SIZES}
         for n in SIZES:
             self.w[n] *= self.m[n]
@@ -82,16 +84,22 @@ class Twin:
             self.vb[n] = MOMENTUM * self.vb[n] + bias[n] + DECAY * self.b[n]
             self.w[n] = (self.w[n] - LR * self.v[n]) * self.m[n]
             self.b[n] = self.b[n] - LR * self.vb[n]
+            self.mean[n] = 0.9 * self.mean[n] + 0.1 * dense[n]
             if t % self.every == 0 and t <= self.until:
                 self.move(n, t, dense[n])
 
     def move(self, n: str, t: int, gradient: np.ndarray) -> None:
         k = math.floor(self.fraction(t) * self.m[n].sum() + 0.5)
         stays = self.m[n] & ~best(np.where(self.m[n], -np.abs(self.w[n]), -np.inf), k)
-        worth = np.abs(gradient) if self.grow == "gradient" else lots(f"{n}@{t}", SIZES[n], self.seed)
-        self.m[n] = stays | best(np.where(stays, -np.inf, worth), k)
+        self.m[n] = stays | best(np.where(stays, -np.inf, self.worth(n, t, gradient)), k)
+        self.fired[n] |= self.m[n]
         self.w[n] *= self.m[n]
         self.v[n] *= self.m[n]
+
+    def worth(self, n: str, t: int, gradient: np.ndarray) -> np.ndarray:
+        if self.grow in ("gradient", "momentum"):
+            return np.abs(gradient if self.grow == "gradient" else self.mean[n])
+        return lots(f"{n}@{t}", SIZES[n], self.seed) - (self.grow == "unfired") * self.fired[n]
 
 
 def half_cosine(start: float, end: float, steps: int):
@@ -99,17 +107,18 @@ def half_cosine(start: float, end: float, steps: int):
 
 
 @pytest.mark.parametrize(
-    "method, twin",
-    [
-        ("rigl", Twin(0.3, "gradient", half_cosine(0.3, 0.0, 16), 3, 16)),
-        ("set", Twin(0.3, "random", half_cosine(0.5, 0.005, 20), 3, 20)),
-        ("static", Twin(0.3, "random", lambda t: 0.0, 1, 0)),
-    ],
+    "method, grow",
+    [("rigl", "gradient"), ("rigl", "momentum"), ("set", "random"), ("set", "unfired"), ("static", None)],
 )
-def test_twenty_steps(method, twin):
+def test_twenty_steps(method, grow):
+    twin = {
+        "rigl": lambda: Twin(0.3, grow, half_cosine(0.3, 0.0, 16), 3, 16),
+        "set": lambda: Twin(0.3, grow, half_cosine(0.5, 0.005, 20), 3, 20),
+        "static": lambda: Twin(0.3, "random", lambda t: 0.0, 1, 0),
+    }[method]()
     model = net()
     opt = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=DECAY)
-    extra = {} if method == "static" else {"every": 3}
+    extra = {} if method == "static" else {"every": 3, "grow": grow}
     handle = gossamer.attach(model, method, density=0.3, optimizer=opt, total_steps=20, **extra)
     first = {n: s.kept.clone() for n, s in handle.supports().items()}
     for t in range(1, 21):
@@ -183,5 +192,11 @@ def test_policies_out_of_range_are_refused():
         rule(every=11)
     with pytest.raises(BudgetError, match="between 0 and 1"):
         rule(fraction=1.5)
-    with pytest.raises(BudgetError, match="'gradient' or 'random'"):
-        rule(grow="momentum")
+    with pytest.raises(BudgetError, match="'gradient', 'momentum', 'random', 'unfired', got 'momentu'"):
+        rule(grow="momentu")
+    with pytest.raises(BudgetError, match="names 'taste'"):
+        rule(needs=("taste",))
+    with pytest.raises(BudgetError, match="'random' or 'unfired', got 'gradient'"):
+        gossamer.get_method("set")(total_steps=2000, grow="gradient")
+    with pytest.raises(BudgetError, match="'gradient' or 'momentum', got 'random'"):
+        gossamer.get_method("rigl")(total_steps=2000, grow="random")

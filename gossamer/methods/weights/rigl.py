@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gossamer.core import Cosine, DropGrow, Pattern, Schedule, Sparsifier, budget_for, method
+from gossamer.core.dropgrow import one_of
 from gossamer.core.pattern import pattern as read
 from gossamer.core.policy import within_run
 from gossamer.score import magnitude
@@ -21,6 +22,7 @@ def rigl(
     until: int | None = None,
     pattern: str | Pattern = "unstructured",
     across: bool = False,
+    grow: str = "gradient",
     seed: int = 0,
 ) -> Sparsifier:
     """Every few steps drop the f(t)·nnz smallest |w| of each layer and grow as many where |∂L/∂w| is largest, from 0.
@@ -36,17 +38,20 @@ def rigl(
         until: T_end, last step that may move links; 25/32 of the run unless given. Unit: optimizer steps.
         pattern: its pools keep their counts, so "2:4" stays 2:4.
         across: let counts wander between layers.
+        grow: "gradient", or "momentum": |m| of the running mean m ← 0.9·m + 0.1·∂L/∂w in its place, for which every
+            step computes the dense gradient (a GradScaler's scaled ones, so that m lags a change of the scale).
         seed: of the start.
 
     Raises:
-        BudgetError: density disagrees with the pattern's own, or the schedule does not fit into the run.
+        BudgetError: density disagrees with the pattern's own, the schedule does not fit into the run, or no such grow.
 
     Example:
         >>> rule = rigl(total_steps=1000).policy
         >>> [t for t in range(1001) if rule.due(t)], round(rule.fraction(400), 3)
         ([0, 100, 200, 300, 400, 500, 600, 700], 0.144)
 
-    Reference: Evci et al., Rigging the Lottery, arXiv:1911.11134.
+    Reference: Evci et al., Rigging the Lottery, arXiv:1911.11134; growth by momentum: Dettmers and Zettlemoyer, Sparse
+        Networks from Scratch, arXiv:1907.04840.
     Departs from: a step that moves links also takes the optimizer's step, which the official code leaves out; the
         gradient is that of the batches of this step, and the links to drop are chosen after it.
     """
@@ -54,7 +59,7 @@ def rigl(
     until = round(SHARE * total_steps) if until is None else within_run(until, total_steps)
     policy = DropGrow(
         drop=magnitude,
-        grow="gradient",
+        grow=one_of(grow, ("gradient", "momentum"), "random and unfired are 'set'"),
         fraction=Cosine(0.3, 0.0, steps=max(until, 1)) if fraction is None else fraction,
         until=until,
         every=every,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gossamer.core import Cosine, DropGrow, Pattern, Schedule, Sparsifier, budget_for, method
+from gossamer.core.dropgrow import one_of
 from gossamer.core.pattern import pattern as read
 from gossamer.core.policy import within_run
 from gossamer.score import magnitude
@@ -19,6 +20,7 @@ def set(
     until: int | None = None,
     pattern: str | Pattern = "unstructured",
     across: bool = False,
+    grow: str = "random",
     seed: int = 0,
 ) -> Sparsifier:
     """Every few steps drop the ζ·nnz smallest |w| of each layer and grow as many links at random, starting from 0.
@@ -33,10 +35,11 @@ def set(
         until: last step that may move links; the run's end unless given. Unit: optimizer steps.
         pattern: its pools keep their counts.
         across: let counts wander between layers.
+        grow: "random", or "unfired": links that were never kept before come first.
         seed: of the start and of growth.
 
     Raises:
-        BudgetError: density disagrees with the pattern's own, or the schedule does not fit into the run.
+        BudgetError: density disagrees with the pattern's own, the schedule does not fit into the run, or no such grow.
 
     Example:
         >>> rule = set(total_steps=9000).policy
@@ -44,7 +47,8 @@ def set(
         ([0, 1500, 3000, 4500, 6000, 7500, 9000], 0.5)
 
     Reference: Mocanu et al., Scalable training of artificial neural networks with adaptive sparse connectivity,
-        arXiv:1707.04780; the defaults are those of Liu et al., ITOP, arXiv:2102.02887.
+        arXiv:1707.04780; the defaults are those of Liu et al., ITOP, arXiv:2102.02887; "unfired" is from Yildirim et
+        al., Continual Learning with Dynamic Sparse Training, arXiv:2308.14831.
     Departs from: counts are exact (published codes draw masks and growth entry by entry, so theirs drift); new links
         start at 0 as in ITOP, the original draws N(0, 0.1²); the smallest |w| go, the original takes the smallest
         positive and the largest negative ones in equal shares.
@@ -53,7 +57,7 @@ def set(
     until = total_steps if until is None else within_run(until, total_steps)
     policy = DropGrow(
         drop=magnitude,
-        grow="random",
+        grow=one_of(grow, ("random", "unfired"), "gradient and momentum are 'rigl'"),
         fraction=Cosine(0.5, 0.005, steps=max(until, 1)) if fraction is None else fraction,
         until=until,
         every=every,
