@@ -20,7 +20,7 @@ from gossamer.score import salt
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 SCHEDULED = ("gradual_magnitude", "fast_sparse_convnets", "rigl", "set", "decaying_mask", "decaying_structure")
 SCHEDULED += ("iss_p", "sparse_pretraining")
-SCHEDULED += ("lottery_jackpots",)
+SCHEDULED += ("lottery_jackpots", "g2gnet")
 HAND_OPTIONS = {name: {"total_steps": 100, "every": 10} for name in SCHEDULED}
 N_OF_M = ("sr_ste", "decaying_mask", "decaying_structure", "bdwp")  # their patterns fix the density
 
