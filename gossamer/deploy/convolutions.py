@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..core.errors import DispatchError
 from ..kernels.reference import activate
-from ..nn.conv import Convolution, PackedConv2d, Shape, lies_channels_last
+from ..nn.conv import PackedConv2d
+from ..nn.shape import Convolution, Shape, lies_channels_last
 from .candidates import TORCH_DENSE, Candidate
 from .measure import Ready, memory_of
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..attach.targets import _is_conv1d
 from ..core.errors import FormatError, TargetError
 from ..core.sparsifier import require_finite
-from ..nn.conv import PackedConv2d, Shape
+from ..nn.conv import PackedConv2d
 from ..nn.linear import PackedLinear
+from ..nn.shape import Shape
 from .candidates import Candidate
 from .convolutions import Convolved, Images, kind_of, pixels
 from .examples import Example, call

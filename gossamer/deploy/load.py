@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..core.errors import DispatchError, FileDamaged, FormatError, TargetError, UnknownName, near
 from ..core.files import digest
 from ..formats import format_from
-from ..nn.conv import PackedConv2d, Shape
+from ..nn.conv import PackedConv2d
 from ..nn.linear import PackedLinear
+from ..nn.shape import Shape
 from .fuse import FusedActivation, put
 from .measure import reasons_in
 from .record import PackReport

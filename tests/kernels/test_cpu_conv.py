@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from gossamer.core.errors import FormatError, UnknownName
 from gossamer.kernels.cpu import conv_plan
-from gossamer.kernels.cpu.conv import Tuning, dense_stream, plan_conv, sparse_conv, spmm_conv
+from gossamer.kernels.cpu.conv import dense_stream, plan_conv, sparse_conv, spmm_conv
+from gossamer.kernels.cpu.conv_choice import Tuning
 from gossamer.kernels.cpu.conv_layout import ALIGNED, FLAT, HALO
 from gossamer.kernels.cpu.conv_plan import run_on
 from gossamer.kernels.cpu.planes import plane_stride

@@ -18,7 +18,8 @@ from gossamer.deploy import report_of
 from gossamer.deploy.structure import detect
 from gossamer.formats import CSR, KernelPatterns, format_from
 from gossamer.kernels.cpu import conv_plan, runs_kernel
-from gossamer.kernels.cpu.conv import Tuning, plan_conv, sparse_conv
+from gossamer.kernels.cpu.conv import plan_conv, sparse_conv
+from gossamer.kernels.cpu.conv_choice import Tuning
 from gossamer.kernels.cpu.conv_plan import run_on
 from gossamer.kernels.cpu.window import Window
 from gossamer.kernels.lowering import lower
