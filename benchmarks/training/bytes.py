@@ -27,12 +27,13 @@ from benchmarks.results import table, write_results
 from gossamer.attach import Handle
 from gossamer.core import methods
 
-HEADS = ("method", "weights", "masks", "optimizer's slots", "method's own", "at rest", "gradients", "peak")
+HEADS = ("method", "weights", "buffers", "optimizer's slots", "method's own", "at rest", "gradients", "peak")
 STEPS, EVERY = 4, 2
 NM = ("sr_ste", "decaying_mask", "decaying_structure", "bdwp")
 OWN: dict[str, dict[str, object]] = {"fast_sparse_convnets": {"pattern": "unstructured"}}
 NOTES = (
     "bytes per weight of the held layers, float32 under AdamW, density 0.1 or 2:4; linear layers without biases",
+    "buffers: masks, 1 byte a weight; places of kept weights (sparse backend); the frozen weights of lottery_jackpots",
     "method's own: every other tensor that is alive between steps: scores, supports, counters",
     "peak: of four steps, moves of links included, with gradients; batches are small, so activations hardly count",
 )
