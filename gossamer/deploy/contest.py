@@ -33,9 +33,13 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class _Entry:
-    """What one engine runs: a model file per case, and what must come out."""
+    """What one engine runs: a model file per case, and what must come out.
+
+    Files bear an entry's number: names may be alike, or the same.
+    """
 
     engine: Engine
+    files: str
     models: dict[str, Path] = field(default_factory=dict)
     wanted: str = "dense"
     nbytes: int | None = None
@@ -56,15 +60,14 @@ class Contest:
     def add_dense(self, model: nn.Module, include: Sequence[str] | None) -> None:
         chosen = [e for e in available() if include is None or e.name in include]
         for engine in chosen:
-            entry = _Entry(engine)
-            self.entries.append(entry)
+            entry = self._entered(engine)
             if engine.kind == "torch":
                 try:
                     runs = model if engine.name == "torch" else with_onednn(model, self.cases[THROUGHPUT])
                 except GossamerError as error:
                     entry.problem = str(error)
                     continue
-                entry.models = dict.fromkeys(self.cases, self._saved(engine.name, runs))
+                entry.models = dict.fromkeys(self.cases, self._saved(entry, runs))
                 entry.nbytes = memory_bytes(runs)
         if chosen:
             self._want("dense", model)
@@ -74,10 +77,15 @@ class Contest:
     def add_packed(self, name: str, model: nn.Module, kind: str = "torch") -> None:
         from .. import __version__
 
-        self._want(name, model)
-        where = self._saved(name, model)
-        engine = Engine(name, kind, __version__)
-        self.entries.append(_Entry(engine, dict.fromkeys(self.cases, where), name, memory_bytes(model)))
+        entry = self._entered(Engine(name, kind, __version__))
+        self._want(entry.files, model)
+        entry.wanted, entry.nbytes = entry.files, memory_bytes(model)
+        entry.models = dict.fromkeys(self.cases, self._saved(entry, model))
+
+    def _entered(self, engine: Engine) -> _Entry:
+        entry = _Entry(engine, str(len(self.entries)))
+        self.entries.append(entry)
+        return entry
 
     def run(self, threads: Sequence[int], seconds_each: float, rounds: int) -> list[Speed]:
         """One number of threads after the other, so that no more processes wait in memory than are compared."""
@@ -108,21 +116,21 @@ class Contest:
             others = pool.map(prepare, [w for w, one in zip(workers, alone) if not one])
         return [prepare(w) if one else next(others) for w, one in zip(workers, alone)]
 
-    def _want(self, name: str, model: nn.Module) -> None:
+    def _want(self, files: str, model: nn.Module) -> None:
         for case, example in self.cases.items():
             found = {f"output_{i:03d}": t for i, t in enumerate(tensors(call(model.eval(), example)))}
-            save_file(_plain(found), self._wanted_file(name, case))
+            save_file(_plain(found), self._wanted_file(files, case))
 
-    def _wanted_file(self, name: str, case: str) -> Path:
-        return self.folder / f"{_slug(name)}.{case}.wanted"
+    def _wanted_file(self, files: str, case: str) -> Path:
+        return self.folder / f"{files}.{case}.wanted"
 
-    def _saved(self, name: str, model: nn.Module) -> Path:
+    def _saved(self, entry: _Entry, model: nn.Module) -> Path:
         if describe(model)["kind"] == "own":
             raise GossamerError(
                 f"{type(model).__name__} is a class of your own (or was changed since it was built), and another "
                 "process cannot build it; time it in this process with gossamer.deploy.engines.time_here"
             )
-        return save(model, self.folder / f"{_slug(name)}.model")
+        return save(model, self.folder / f"{entry.files}.model")
 
     def _export(self, model: nn.Module) -> None:
         files, problem = {}, ""
@@ -148,7 +156,7 @@ class Contest:
         }
         kind = entry.engine.kind
         spec = {"kind": kind, "threads": threads, "tolerance": TOLERANCE.get(kind, OTHERWISE), "cases": cases}
-        file = self.folder / f"{_slug(entry.engine.name)}.{threads}.json"
+        file = self.folder / f"{entry.files}.{threads}.json"
         file.write_text(json.dumps(spec))
         return stack.enter_context(worker(file, threads))
 
@@ -176,7 +184,3 @@ class Contest:
 
 def _plain(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().cpu().contiguous().clone() for name, t in found.items()}
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name) + f"-{abs(hash(name)) % 9973}"

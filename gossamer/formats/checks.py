@@ -141,13 +141,18 @@ def pointer_part(indptr: Tensor, groups: int, count: int, name: str = "indptr") 
     return indptr
 
 
-def column_part(indices: Tensor, indptr: Tensor, columns: int) -> Tensor:
+def column_part(
+    indices: Tensor, indptr: Tensor, columns: int, dtype: torch.dtype | None = None, name: str = "indices"
+) -> Tensor:
     """Refuse column indices outside the matrix, repeated, or out of order within a row or group.
+
+    Args:
+        dtype: of the indices; `index_dtype` of the columns if None.
 
     Raises:
         FormatError: there is one; the parts are damaged or mixed up.
     """
-    sized(indices, "indices", index_dtype(columns), [indices.numel()])
+    sized(indices, name, dtype or index_dtype(columns), [indices.numel()])
     wide = indices.int()
     if wide.numel() and not 0 <= int(wide.min()) <= int(wide.max()) < columns:
         raise FormatError(f"column indices must lie in [0, {columns}), got {int(wide.min())} to {int(wide.max())}")

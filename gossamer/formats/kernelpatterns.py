@@ -84,8 +84,7 @@ class KernelPatterns(Format):
         _check_taps(cols, taps)
         indptr, channels, kinds, patterns, values = exactly(parts, cls.PARTS)
         pointer_part(indptr, rows, channels.numel())
-        sized(channels, "channels", index_dtype(cols), [channels.numel()])
-        column_part(channels.to(index_dtype(cols // taps)), indptr, cols // taps)
+        column_part(channels, indptr, cols // taps, index_dtype(cols), "channels")
         sized(kinds, "kinds", torch.uint8, [channels.numel()])
         count = len(patterns) if patterns.dim() == 2 else 0
         sized(patterns, "patterns", torch.bool, [count, taps])

@@ -4,11 +4,13 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import gossamer
 from gossamer.core.errors import BudgetError, CalibrationError, GossamerError, UnknownName
 from gossamer.deploy import processes
+from gossamer.deploy.contest import WHOLE, Contest
 from gossamer.deploy.engines import available, engines, first_item, measure_engines, time_here
 from gossamer.deploy.export import export_onnx, named_inputs
 from gossamer.deploy.worker import _difference, _times
@@ -141,3 +143,20 @@ def test_bad_requests_are_refused(batch):
     with pytest.raises(CalibrationError, match="use_cache"):
         named_inputs({"input_ids": batch["input_ids"], "use_cache": False})
     assert first_item(batch)["input_ids"].shape == (1, 8) and first_item((torch.ones(3, 2),))[0].shape == (1, 2)
+
+
+def test_models_of_one_name_keep_their_own_files(batch, tmp_path):
+    contest = Contest(tmp_path, batch, first_item(batch), None)
+    models = [bert() for _ in range(3)]
+    for scale, model in enumerate(models):
+        model.encoder.layer[0].output.dense.weight.data.mul_(1 + scale)
+    contest.add_packed("dense", models[1])
+    contest.add_packed("dense", models[2], kind=WHOLE)
+    contest.add_dense(models[0], ["torch"])
+    for entry, model in zip(contest.entries, [*models[1:], models[0]], strict=True):
+        held = gossamer.load(entry.models["latency"])
+        assert torch.equal(held.encoder.layer[0].output.dense.weight, model.encoder.layer[0].output.dense.weight)
+        want = load_file(contest._wanted_file(entry.wanted, "throughput"))["output_000"]
+        with torch.no_grad():
+            torch.testing.assert_close(model(**batch)[0], want)
+    assert len({entry.files for entry in contest.entries}) == 3

@@ -85,6 +85,12 @@ def test_what_it_cannot_read_is_left_alone(turn):
     assert not cut_by_kernel("clear", x, kept, x) and torch.equal(x.nan_to_num(), before.nan_to_num())
 
 
+@pytest.mark.parametrize("other", [torch.int32, torch.float32, torch.uint8])
+def test_only_a_mask_of_bools_is_read(other):
+    x, kept = drawn(100, 0)
+    assert not cut_by_kernel("cut", x, kept.to(other), torch.empty(100))
+
+
 @pytest.mark.parametrize("refused", [None, "its compiler is away"])
 def test_what_cut_writes_does_not_depend_on_the_kernel(refused, monkeypatch):
     monkeypatch.setattr(by_kernel, "SMALL", 1)

@@ -99,6 +99,18 @@ def test_damaged_parts_are_refused(part, change, words):
         format_from(fmt.meta(), parts)
 
 
+@pytest.mark.parametrize("beyond", [65536, -65536])
+def test_wide_channels_beyond_the_matrix_are_refused(beyond):
+    """Columns of 32 bits, channels that would fit 16: numbers 2¹⁶ off must not pass for good ones."""
+    w = torch.zeros(1, 8000 * 9)
+    w[0, :90] = 1.0
+    fmt = KernelPatterns.from_dense(w)
+    off = torch.zeros(10, dtype=torch.int32)
+    off[-1 if beyond > 0 else 0] = beyond
+    with pytest.raises(FormatError, match="column indices"):
+        format_from(fmt.meta(), {**fmt.parts(), "channels": fmt.channels + off})
+
+
 windows = st.builds(
     Window,
     st.sampled_from(((3, 3), (3, 3), (5, 5), (1, 3), (4, 2), (7, 1))),

@@ -78,7 +78,9 @@ def cut_by_kernel(form: str, x: Tensor, kept: Tensor, y: Tensor, factor: float =
     Twins: `gossamer.core.cut`.
     """
     flat = lies_flat(x) and lies_flat(kept) and lies_flat(y)
-    if not flat or not x.dtype is y.dtype is torch.float32 or not x.shape == kept.shape == y.shape:
+    here = x.is_cpu and kept.is_cpu and y.is_cpu
+    alike = x.dtype is y.dtype is torch.float32 and kept.dtype is torch.bool and x.shape == kept.shape == y.shape
+    if not (flat and here and alike):
         return False
     plan = plan_cut(x.numel(), form, threads=torch.get_num_threads())
     plan.run(x.data_ptr(), kept.data_ptr(), y.data_ptr(), float_bits(factor))
