@@ -55,7 +55,7 @@ def _tuned(dense: nn.Module, effort: Effort, seed: int) -> tuple[float, float]:
 
 
 def run(full: bool = False) -> Outcome:
-    before, after = (Effort(60000, 8), Effort(60000, 8)) if full else (Effort(24000, 4), Effort(24000, 4))
+    before, after = (Effort(60000, 8), Effort(60000, 8)) if full else (Effort(18000, 3), Effort(18000, 3))
     rows: dict[str, list[float]] = {n: [] for n in ("dense", "cut", "searched", "searched, unrestricted", "fine-tuned")}
     for seed in range(3):
         dense, value = train(16, before, seed=seed)
