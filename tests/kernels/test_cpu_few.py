@@ -57,6 +57,13 @@ def test_what_it_cannot_read_is_refused():
     assert best_of_few(torch.ones(0, 4, 3), 2).shape == (0, 4, 3)
 
 
+def test_winners_lie_on_the_cpu_whatever_the_default_device_is():
+    scores = torch.rand(5, 4, 3)
+    with torch.device("meta"):
+        got = best_of_few(scores, 2)
+    assert torch.equal(got, select(scores, Pattern("a [m] b"), Keep(2)).kept)
+
+
 RULES = {
     "2:4": ("2:4", Keep(2)),
     "along the outputs": ("(g [8]) ...", Keep(2)),

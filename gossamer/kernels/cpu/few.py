@@ -97,7 +97,7 @@ def best_of_few(scores_AmB: Tensor, kept: int, *, absolute: bool = False) -> Ten
         FormatError: other scores, or more than 8 competitors.
     """
     need_floats("scores", scores_AmB, "[A, m, B]", scores_AmB.dim() == 3)
-    winners_AmB = torch.empty(scores_AmB.shape, dtype=torch.bool)
+    winners_AmB = torch.empty(scores_AmB.shape, dtype=torch.bool, device="cpu")
     if scores_AmB.numel():
         plan = plan_best_of_few(*scores_AmB.shape, kept, absolute=absolute, threads=torch.get_num_threads())
         plan.run(scores_AmB.data_ptr(), winners_AmB.data_ptr())
