@@ -7,7 +7,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from ..core.cut import learned
+from ..core.cut import learned, traced
 from ..core.shrink import Shrink, fade_of, hard, straight_through
 from ..core.support import Support
 
@@ -37,7 +37,7 @@ class Masked(nn.Module):
         self.register_buffer("momentum", None)
         self.shrink = shrink
         self.listening = False
-        self._settled: tuple[object, ...] | None = None
+        self._settled: tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple[int, ...]] | None = None
 
     def remember(self, original: Tensor, evidence: frozenset[str]) -> None:
         """Hold what of the evidence outlives a step, of this weight."""
@@ -56,7 +56,11 @@ class Masked(nn.Module):
 
     def settle(self, original: Tensor) -> None:
         """Everything off the support is 0 in the original, as it stands now."""
-        self._settled = (weakref.ref(original), *self._state(original))
+        # Inference tensors count no versions, and torch swaps no tensor that is referred to.
+        unseen = original.is_inference() or self.mask.is_inference()
+        swaps = torch.__future__.get_swap_module_params_on_conversion()
+        refs = weakref.ref(original), weakref.ref(self.mask)
+        self._settled = None if unseen or swaps else (*refs, self._state(original))
 
     def _state(self, original: Tensor) -> tuple[int, ...]:
         """Whatever changes with every write to the weight or its mask that torch can see."""
@@ -64,10 +68,10 @@ class Masked(nn.Module):
 
     def _is_settled(self, original: Tensor) -> bool:
         """Outside training, where averaged or loaded weights may have been put in behind torch's back, never."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled() or not self._settled:
+        if traced() or not torch.is_grad_enabled() or not self._settled:
             return False
-        held, *state = self._settled
-        return held() is original and tuple(state) == self._state(original)  # type: ignore[operator]
+        weight, mask, state = self._settled
+        return weight() is original and mask() is self.mask and state == self._state(original)
 
     def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "_settled": None}  # a copy has a weight of its own

@@ -89,12 +89,18 @@ def learned(w: Tensor, kept: Tensor) -> Tensor:
     return _Learned.apply(w, kept)
 
 
+def traced() -> bool:
+    """Whether others write operators down or answer for them (compilers, make_fx, fake tensors): they see no kernel."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def _has_words(w: Tensor, kept: Tensor) -> bool:
-    """Whether this is a plain tensor in the CPU's memory that nobody traces, for tracers know `where` better."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    """Whether these are plain tensors in the CPU's memory that nobody traces, for tracers know `where` better."""
+    if traced():
         return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     plain = type(w) in (Tensor, nn.Parameter) and w.device.type == "cpu" and w.dtype in _WORDS
-    followed = torch._C._functorch.is_functorch_wrapped_tensor(w) or unpack_dual(w).tangent is not None
+    followed = wrapped(w) or wrapped(kept) or unpack_dual(w).tangent is not None
     return plain and kept.shape == w.shape and not followed
 
 

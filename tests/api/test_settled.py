@@ -6,6 +6,8 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import gossamer
 
@@ -83,3 +85,37 @@ def test_a_product_and_no_product_train_alike():
             step(model, opt, handle)
         runs.append(model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(runs[0].values(), runs[1].values()))
+
+
+def test_who_writes_operators_down_gets_the_product_too():
+    model, *_ = start()
+    original, _ = parts(model)
+    x_BI = torch.randn(5, 16)
+    graph = make_fx(lambda x_BI: model(x_BI))(x_BI)
+    with torch.no_grad():
+        original.add_(1)
+    assert torch.equal(graph(x_BI), model(x_BI))
+
+
+def test_inference_tensors_and_swapped_parameters_are_never_used_as_they_are():
+    model = nn.Sequential(nn.Linear(16, 8))
+    with torch.inference_mode():
+        gossamer.attach(model, "static", density=0.25)  # its mask counts no versions
+        assert int((model[0].weight != 0).sum()) == 32
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model, *_ = start()
+        assert model.double()[0].weight.dtype is torch.float64
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_masks_that_are_mapped_over_take_the_mask_s_place():
+    model, *_ = start()
+    _, mask = parts(model)
+    full = torch.ones_like(mask.mask)
+    both = torch.stack([mask.mask, full & (torch.arange(16) % 2 == 0)])
+    weights = dict(model.named_parameters())
+    x_BI, name = torch.randn(5, 16), "0.parametrizations.weight.0.mask"
+    outputs = vmap(lambda kept: functional_call(model, {**weights, name: kept}, (x_BI,)))(both)
+    assert torch.equal(outputs[0], model(x_BI)) and not torch.equal(outputs[0], outputs[1])

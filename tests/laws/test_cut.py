@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.func import grad, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from gossamer.core.cut import add_where_, cut, cut_, faded, learned
 
@@ -93,3 +95,17 @@ def test_tracers_see_a_plain_operator(kind):
     else:
         fast = torch.jit.trace(lambda w, kept: cut(w, kept), (w, kept))
     assert torch.equal(fast(w, kept), torch.where(kept, w, torch.zeros(())))
+
+
+def test_no_kernel_writes_what_is_written_down_faked_or_mapped():
+    import gossamer.attach  # noqa: F401, whose kernels serve tensors of this size
+
+    w, kept = torch.randn(256, 256), torch.rand(256, 256) < 0.5
+    want = torch.where(kept, w, torch.zeros(()))
+    graph = make_fx(lambda x: x * cut(w, kept))(torch.ones(()))
+    torch.full_like(w, math.nan)  # what memory that nobody wrote to may hold
+    assert torch.equal(graph(torch.ones(())), want)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert cut(w, kept).shape == w.shape
+    both = vmap(lambda kept: cut(w, kept))(torch.stack([kept, ~kept]))
+    assert torch.equal(both[0], want) and torch.equal(both[1], w - want)
