@@ -168,8 +168,9 @@ def _add(found: dict[str, Job], job: Job) -> None:
     """Runs share a first part; nothing else may have a name twice."""
     held = found.setdefault(job.name, job)
     if held != job:
-        raise GossamerError(
-            f"two different runs would be kept in {job.name}; give one of the methods a name: of its own"
-        )
+        remedy = "give one of the methods a name: of its own"
+        if not job.label:  # no name: of a method is in its folder's
+            remedy = "methods whose first: parts are as long share one, so give both the same keys, or another first:"
+        raise GossamerError(f"two different runs would be kept in {job.name}; {remedy}")
     if held is not job and job.label:
         raise GossamerError(f"{job.name} is asked for twice; leave one of the two out")

@@ -80,6 +80,7 @@ def test_tasks_and_methods_have_keys_of_their_own(tmp_path):
         ({"methods": [{"name": "x"}]}, "method:"),
         ({"methods": ["rigl", "rigl"]}, "asked for twice"),
         ({"methods": ["rigl", {"method": "rigl", "options": {"every": 3}}]}, "name: of its own"),
+        ({"methods": [ONE_SHOT, {**ONE_SHOT, "name": "slow", "rate": 1e-5}]}, "the same keys, or another first:"),
         ({"methods": [{"method": "rigl", "first": 2}]}, "between 0 and 1"),
         ({"methods": [{"method": "rigl", "tasks": {"teacher": 3}}]}, "mapping of recipe keys"),
         ({"densities": [0.0]}, "up to 1"),
