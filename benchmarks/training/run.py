@@ -28,9 +28,18 @@ NOTES = (
     "figure: mean over seeds ± half the 95 % interval (Student's t); kept: of the layers that methods can hold",
     "FLOPs: of training, zeros skipped, counted from the supports; the masked path that ran computes them densely",
     "of dense: share of the same steps of the dense network; one-shot + fine-tuning is charged its dense first half",
-    "CPU s: processor time of the training steps. Seconds by the clock are of a shared machine: no speed is claimed",
-    "nothing was tuned: every method has its paper's defaults, and the rate that the task has for the dense network",
+    "CPU s: processor time of the training steps. Seconds by the clock are of a shared machine, with its pauses: no "
+    "speed is claimed",
+    "nothing was tuned: every method has its paper's defaults, with moves of links as often as the configuration says, "
+    "and the rate that the task has for the dense network; ER and ERK are the same where there is no convolution",
 )
+
+SAID = {
+    "short": (
+        "short: figures have not settled after so few steps, and methods that prune late (gradual magnitude, one-shot) "
+        "had the fewest since; take the order of methods from the configuration 'night'",
+    )
+}
 
 
 def protocol(config: str) -> dict[str, object]:
@@ -81,11 +90,12 @@ def write(found: Sweep, config: str, asked: dict) -> Path:
     seeds = sorted({len(r.values) for r in found.rows})
     steps = "; ".join(f"{t['task']} {t.get('steps', 'its usual')} steps" for t in map(_entry, asked["tasks"]))
     covered = f"configuration '{config}': {steps}; {total} runs, {len(found.missing)} not reached; seeds: {seeds}"
+    missed = sorted({name.split("/")[0] for name in found.missing} - {r.task for r in found.rows})
+    covered += f"; nothing of {', '.join(missed)}" if missed else ""
     failed = [f"{name} failed: {why}" for name, why in found.failures.items()]
     record = {"config": config, "asked": asked, **found.to_dict()}
-    path = write_results(
-        f"training-{config}", record, HEADS, [r.cells() for r in found.rows], [covered, *failed, *NOTES]
-    )
+    notes, rows = [covered, *SAID.get(config, ()), *failed, *NOTES], [r.cells() for r in found.rows]
+    path = write_results(f"training-{config}", record, HEADS, rows, notes)
     write_sweep_figure(found, FOLDER / f"training-{config}-{slug()}.svg")
     return path
 
