@@ -11,7 +11,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.forward_ad import unpack_dual
+from torch.jit._trace import is_tracing
 
 _WORDS = {
     torch.float64: torch.int64,
@@ -91,16 +93,15 @@ def learned(w: Tensor, kept: Tensor) -> Tensor:
 
 def traced() -> bool:
     """Whether others write operators down or answer for them (compilers, make_fx, fake tensors): they see no kernel."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_compiling() or is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _has_words(w: Tensor, kept: Tensor) -> bool:
     """Whether these are plain tensors in the CPU's memory that nobody traces, for tracers know `where` better."""
     if traced():
         return False
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     plain = type(w) in (Tensor, nn.Parameter) and w.device.type == "cpu" and w.dtype in _WORDS
-    followed = wrapped(w) or wrapped(kept) or unpack_dual(w).tangent is not None
+    followed = is_functorch_wrapped_tensor(w) or is_functorch_wrapped_tensor(kept) or unpack_dual(w).tangent is not None
     return plain and kept.shape == w.shape and not followed
 
 
