@@ -14,6 +14,7 @@ from torch.nn import functional
 from claims.outcome import Outcome
 from gossamer.attach import hold
 from gossamer.data import reber, ucr_crop
+from gossamer.data.tasks.task import named_right
 from gossamer.recipes.random_graphs import (
     GraphStatistics,
     barabasi_albert,
@@ -86,11 +87,9 @@ class Reader(nn.Module):
         return self.out(self.rnn(self.embed(x))[0][:, -1])
 
 
-@torch.no_grad()
 def accuracy(data: Data, model: nn.Module) -> float:
     """Share of the test sequences named correctly."""
-    parts = zip(data.test_x.split(1000), data.test_y.split(1000))
-    return sum(int((model(x).argmax(1) == y).sum()) for x, y in parts) / len(data.test_y)
+    return named_right(model, data.test_x, data.test_y)
 
 
 def epochs(data: Data, seed: int, model: nn.Module, handle=None) -> Iterator[None]:

