@@ -17,15 +17,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import gossamer
+from benchmarks.harness.partial import fingerprint
 from benchmarks.results import table, write_results
-from gossamer.core.files import whole_file
+from gossamer.core.files import cache_root, whole_file
 
 RULE = 1.1
 HEADS = ("shape", "threads", "method", "dense step, ms", "with the method, ms", "ratio", "bytes per weight")
@@ -50,7 +50,7 @@ METHODS: dict[str, dict[str, object]] = {
     "bdwp": {"pattern": "2:8"},
     "topkast": {"density": 0.1, "every": CYCLE},
 }
-PARTS = Path(__file__).parents[1] / "results" / ".training_step-parts.json"
+PARTS = cache_root() / "benchmarks" / "training_step.partial.json"
 
 
 class Block(nn.Module):
@@ -155,10 +155,10 @@ def measure(shape: str, threads: int, method: str, batch: int, repeat: int) -> L
 
 
 def finished(setting: dict[str, object]) -> list[Line]:
-    """What a run with the same setting left when it was stopped."""
+    """What a run of this very code with the same setting left when it was stopped."""
     if not PARTS.exists() or (found := json.loads(PARTS.read_text()))["setting"] != setting:
         return []
-    return [Line(**line) for line in found["lines"]]
+    return [Line(**line) for line in found["lines"]] if found.get("source") == fingerprint() else []
 
 
 def verdict(lines: list[Line]) -> str:
@@ -187,7 +187,8 @@ def main() -> None:
             print(f"{', '.join(map(str, row))}: {lines[-1].ratio:.3f}", flush=True)
             if not options.quick:
                 with whole_file(PARTS) as draft:
-                    draft.write_text(json.dumps({"setting": setting, "lines": [asdict(r) for r in lines]}))
+                    held = {"setting": setting, "source": fingerprint(), "lines": [asdict(r) for r in lines]}
+                    draft.write_text(json.dumps(held))
     rows = [
         [
             r.shape,

@@ -58,6 +58,7 @@ class Contest:
             save_file(_plain(named_inputs(example)), folder / f"{name}.inputs")
 
     def add_dense(self, model: nn.Module, include: Sequence[str] | None) -> None:
+        """Enter the dense model in every engine named, or in all that are installed."""
         chosen = [e for e in available() if include is None or e.name in include]
         for engine in chosen:
             entry = self._entered(engine)
@@ -75,6 +76,7 @@ class Contest:
             self._export(model)
 
     def add_packed(self, name: str, model: nn.Module, kind: str = "torch") -> None:
+        """Enter a packed model: layer by layer, or as another runner has it."""
         from .. import __version__
 
         entry = self._entered(Engine(name, kind, __version__))

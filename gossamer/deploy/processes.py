@@ -54,6 +54,7 @@ class Worker:
 
 @contextmanager
 def worker(spec: Path, threads: int) -> Iterator[Worker]:
+    """A worker for one engine, as the file says; its process ends with the block."""
     count = str(threads)
     # Only one engine is at work at a time, so each may spin for a moment between its own calls, as it would alone.
     environment = {**os.environ, "GOMP_SPINCOUNT": "10000", "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from ..core.files import whole_file
 from .ink import MARKERS, Ink, ink
 from .lines import megabytes, number
 from .record import EngineRow, LayerRow, Run, Setting
+from .scatter import PT_PER_LETTER, Point, scatter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,20 +23,6 @@ FONT = "ui-sans-serif, system-ui, 'Segoe UI', 'Helvetica Neue', Arial, 'DejaVu S
 SMALL, WIDE = (5.6, 3.7), (10.4, 1.75)
 # Size and speed stand side by side, so they are equally high.
 _HEIGHT_OF_TWO = 5.8
-# Labels are placed before any renderer exists, so their width is estimated: DejaVu's mean advance at 9 pt.
-PT_PER_LETTER, PT_PER_LINE = 5.6, 11.0
-
-
-@dataclass(frozen=True)
-class Point:
-    """One marker of a scatter plot and its label."""
-
-    x: float
-    y: float
-    label: str
-    colour: str
-    marker: str
-    hollow: bool = False
 
 
 def figure(run: Run, kind: str, *, dark: bool = False) -> str:
@@ -148,7 +134,7 @@ def _size(run: Run, pen: Ink) -> Figure:
     drawn, (axes,) = _panels(1, (SMALL[0], _HEIGHT_OF_TWO if panels > 1 else SMALL[1]))
     colours = _colours(run, pen)
     points = [Point(s.bytes_disk / 1e6, s.score, s.name, colours[s.name], "o", s.is_dense) for s in run.settings]
-    _scatter(axes, points, "size on disk, MB", run.dense, pen)
+    scatter(axes, points, "size on disk, MB", run.dense, pen)
     return drawn
 
 
@@ -161,7 +147,7 @@ def _latency(run: Run, pen: Ink) -> Figure:
 
 
 def _by_engine(run: Run, pen: Ink, label: str, x_of: Callable[[EngineRow], float]) -> Figure:
-    """A panel per unit and thread count; the dense engines differ by marker, the settings by colour."""
+    """A panel per unit and thread count; engines differ by marker, which a legend names, the settings by colour."""
     groups = list(dict.fromkeys((r.unit, r.threads) for r in run.engines))
     engines = list(dict.fromkeys(r.engine for r in sorted(run.engines, key=lambda r: run.setting(r.setting).is_dense)))
     marks = {engine: MARKERS[i % len(MARKERS)] for i, engine in enumerate(engines)}
@@ -171,11 +157,11 @@ def _by_engine(run: Run, pen: Ink, label: str, x_of: Callable[[EngineRow], float
         points, rows = [], [r for r in run.engines if (r.unit, r.threads) == (unit, threads)]
         for row in rows:
             setting, marker = run.setting(row.setting), marks[row.engine]
-            text = _starred(row) if setting.is_dense else _label_of(row, rows)
+            text = "" if setting.is_dense else _label_of(row, rows)
             points.append(Point(x_of(row), setting.score, text, colours[setting.name], marker, setting.is_dense))
-        _scatter(axes, points, label.format(unit=unit), run.dense, pen)
+        scatter(axes, points, label.format(unit=unit), run.dense, pen)
         axes.set_title(f"{threads} thread{'s' if threads > 1 else ''}" + (f", {unit}" if len(groups) > 2 else ""))
-    _tell_apart(drawn, panels[0], marks, [r.engine for r in run.engines if not run.setting(r.setting).is_dense], pen)
+    _tell_apart(drawn, panels[0], marks, run, pen)
     return drawn
 
 
@@ -190,55 +176,14 @@ def _label_of(row: EngineRow, rows: Sequence[EngineRow]) -> str:
     return row.setting if row is best else ""
 
 
-def _tell_apart(drawn: Figure, axes: Axes, marks: Mapping[str, str], own: Iterable[str], pen: Ink) -> None:
-    """A legend of the markers of our own engines, where there are several."""
-    if len(names := list(dict.fromkeys(own))) > 1:
-        keys = [axes.plot([], [], marks[n], ms=8, mfc=pen.faint, mec=pen.faint, ls="", label=n)[0] for n in names]
-        drawn.legend(handles=keys, loc="outside lower right", ncols=len(keys), fontsize=9, handletextpad=0.2)
-
-
-def _scatter(axes: Axes, points: Sequence[Point], label: str, dense: Setting, pen: Ink) -> None:
-    ys = [p.y for p in points]
-    if min(ys) > 0 and max(ys) / min(ys) > 5 and dense.quality_unit != "%":
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-    for p in points:
-        face = "none" if p.hollow else p.colour
-        axes.plot(p.x, p.y, p.marker, ms=8, mfc=face, mec=p.colour, mew=1.8, clip_on=False, zorder=3)
-    axes.axhline(dense.score, color=pen.dense, lw=1, ls=(0, (4, 3)), zorder=1)
-    axes.set_xlim(0, 1.18 * max(p.x for p in points))
-    axes.margins(y=0.22)
-    axes.set_xlabel(label)
-    axes.set_ylabel(dense.quality_label + ("" if dense.higher_is_better else " (lower is better)"))
-    if dense.quality_unit == "%":
-        axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g} %")
-    if not dense.higher_is_better:
-        axes.invert_yaxis()
-    _label(axes, points)
-
-
-def _label(axes: Axes, points: Sequence[Point]) -> None:
-    """Write each label beside its marker, in the first place around it where it covers nothing."""
-    axes.figure.draw_without_rendering()
-    per_pt = axes.figure.dpi / 72
-    at = [tuple(c / per_pt for c in axes.transData.transform((p.x, p.y))) for p in points]
-    left, right = (axes.bbox.x0 / per_pt, axes.figure.bbox.x1 / per_pt)
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in at]
-    for p, (x, y) in zip(points, at):
-        if not p.label:
-            continue
-        width = PT_PER_LETTER * len(p.label)
-        places = [(9, -3.5), (-9 - width, -3.5), (-width / 2, 9), (-width / 2, -17), (7, 8), (-7 - width, 8)]
-        places += [(7, -16), (-7 - width, -16), (-width / 2, 21), (-width / 2, -29), (7, 20), (7, -28)]
-        boxes = [(x + dx, y + dy, x + dx + width, y + dy + PT_PER_LINE) for dx, dy in places]
-        inside = [b for b in boxes if b[0] >= left and b[2] <= right]
-        box = next((b for b in inside if not any(_meet(b, t) for t in taken)), (inside or boxes)[0])
-        taken.append(box)
-        axes.annotate(p.label, (p.x, p.y), (box[0] - x, box[1] - y), textcoords="offset points", fontsize=9)
-
-
-def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+def _tell_apart(drawn: Figure, axes: Axes, marks: Mapping[str, str], run: Run, pen: Ink) -> None:
+    """A legend of the dense engines' markers, which stand in one line, and of our own where there are several."""
+    dense = {r.engine: _starred(r) for r in run.engines if run.setting(r.setting).is_dense}
+    own = [e for e in marks if e not in dense]
+    faces = {name: "none" for name in dense.values()} | {e: pen.faint for e in own if len(own) > 1}
+    of = {name: marks[e] for e, name in dense.items()} | marks
+    keys = [axes.plot([], [], of[n], ms=7, mfc=f, mec=pen.faint, ls="", label=n)[0] for n, f in faces.items()]
+    drawn.legend(handles=keys, loc="outside lower center", ncols=3, fontsize=9, handletextpad=0.2)
 
 
 def _grouped(run: Run) -> list[tuple[Setting, list[LayerRow]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_net import LR, MOMENTUM, SIZES, batch, gradients, net, numbers
+from small_net import LR, MOMENTUM, SIZES, batch, gradients, net, numbers, tied_runs
 from torch import nn
 from torch.nn import functional
 
@@ -198,21 +197,8 @@ def test_given_supports_are_searched_on_from():
 
 
 def test_tied_and_compiled_layers():
-    torch.manual_seed(0)
-    tied = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-    tied[2].weight = tied[0].weight
-    alone, runs = copy.deepcopy(tied), []
-    for model, compiled in ((tied, False), (alone, True)):
-        opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        handle = gossamer.attach(model, "lottery_jackpots", density=0.25, optimizer=opt, total_steps=9)
-        torch._dynamo.reset()
-        called = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
-        for t in range(5):
-            opt.zero_grad()
-            called(torch.randn(6, 8, generator=torch.Generator().manual_seed(t))).square().mean().backward()
-            opt.step()
-            handle.step()
-        assert [r.kept for r in handle.report()] == [16] and model[2].weight.equal(model[0].weight)
+    runs = []
+    for model, handle in tied_runs("lottery_jackpots", total_steps=9):
         runs.append(handle.supports()["0"])
         assert handle.remove()[0].weight is model[2].weight and model[0].weight.count_nonzero() == 16
     assert runs[0] == runs[1]

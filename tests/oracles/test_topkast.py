@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_net import LR, MOMENTUM, SIZES, batch, gradients, net, numbers
+from small_net import LR, MOMENTUM, SIZES, batch, gradients, net, numbers, tied_runs
 from torch import nn
 from torch.nn import functional
 
@@ -197,22 +197,8 @@ def test_resuming_needs_the_dormant_values_and_has_them(tmp_path):
 
 
 def test_tied_weights_and_compiled_graphs():
-    torch.manual_seed(0)
-    tied = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-    tied[2].weight = tied[0].weight
-    alone = copy.deepcopy(tied)
     runs = []
-    for model, compiled in ((tied, False), (alone, True)):
-        opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        handle = gossamer.attach(model, "topkast", density=0.25, optimizer=opt, every=2)
-        torch._dynamo.reset()
-        called = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
-        for t in range(5):
-            opt.zero_grad()
-            called(torch.randn(6, 8, generator=torch.Generator().manual_seed(t))).square().mean().backward()
-            opt.step()
-            handle.step()
-        assert [r.kept for r in handle.report()] == [16] and model[2].weight.equal(model[0].weight)
+    for _, handle in tied_runs("topkast", every=2):
         runs.append(handle.supports()["0"])
     assert runs[0] == runs[1]
 
