@@ -1,12 +1,13 @@
 """How a sparsifier holds on to a torch model: targets by name, masks by parametrize, calibration by paused passes."""
 
-from .calibrate import Collector, stream
+from .calibrate import stream
 from .handle import Handle
 from .journal import Journal
 from .masked import Masked
 from .meter import Flops
 from .report import LayerReport, TrainingReport
 from .spread import spread
+from .statistics import Collector
 from .targets import Found, Target, find
 from .weights import attach, hold
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..core.ranks import mean_over_ranks
-from .calibrate import columns
+from .statistics import columns
 from .targets import Target, sharers
 
 Parts = dict[str, Tensor]

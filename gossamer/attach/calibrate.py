@@ -5,7 +5,8 @@ statistics are taken, the layer is pruned, and the passes go on through the prun
 it will see when deployed, each batch is run exactly once, only one layer's statistics exist at a time, and nothing
 is assumed about how a model hands arguments from block to block: its own forward does that.
 
-Shape suffixes: N tokens (or positions), K input columns.
+By blocks, the passes first run through a whole block, stopping at its layers for statistics only; at its end all its
+layers are pruned, and each pass runs the block once more, so that the next one sees what this one now gives.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-from ..core.errors import CalibrationError, NonFiniteError
-from ..core.sparsifier import Stats
-from .recurrent import RECURRENT
+from ..core.errors import CalibrationError
+from .blocks import blocks_of, without_cache
 from .targets import Target
 
 # Keys and values of cross-attention in transformers' encoder-decoders: T5, BART and OPT-style, BERT.
@@ -52,6 +52,7 @@ class _Pass:
     x: Tensor | None = None
     modes: _Modes | None = None
     done: set[str] = field(default_factory=set)
+    versions: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,15 @@ class Arrival:
 
 
 def stream(
-    model: nn.Module, batches: Iterable[Batch], targets: Sequence[Target], visit: Callable[[Arrival], None]
+    model: nn.Module,
+    batches: Iterable[Batch],
+    targets: Sequence[Target],
+    visit: Callable[[Arrival], None],
+    leave: Callable[[Sequence[Target]], None] | None = None,
+    *,
+    sequential: str = "layer",
 ) -> list[str]:
-    """Run every batch through the model once, calling `visit` at each target before it runs.
+    """Run every batch through the model, calling `visit` at each target before it runs.
 
     Args:
         model: called as model(**batch) for mappings, model(*batch) for tuples and lists, model(batch) otherwise.
@@ -80,6 +87,10 @@ def stream(
         targets: layers to stop at.
         visit: may change the layer's weight; the passes go on with the new one. A layer that a forward calls more
             than once (shared blocks) is visited at its first call only.
+        leave: called with targets just visited, once all statistics are in that are taken before one of them may
+            change: after each layer, or by blocks after each block, which runs again afterwards.
+        sequential: "layer", or "block": what is seen unchanged while its own statistics are taken. A block is an entry
+            of a list of modules (the outermost ones); layers outside of blocks stand for themselves.
 
     Returns:
         Names of targets that no batch ever reached (such as experts never routed to).
@@ -88,25 +99,32 @@ def stream(
         CalibrationError: no batch was given, or the model's forward fails on one.
     """
     by_name = {t.name: t for t in targets}
-    order = {t.name: i for i, t in enumerate(targets)}
+    order: dict[str, float] = {t.name: i for i, t in enumerate(targets)}
+    blocks = blocks_of(model, targets) if sequential == "block" else {}
+    within = {name for inner in blocks.values() for name in inner}
+    order |= {block: max(order[name] for name in inner) + 0.5 for block, inner in blocks.items()}
     passes = [_start(model, batch) for batch in batches]
     if not passes:
         raise CalibrationError("no calibration batch was given; pass data= as a list of batches")
     by_run = {p.run: p for p in passes}
     hooks = [t.module(model).register_forward_pre_hook(_pause(t.name, by_run), with_kwargs=True) for t in targets]
+    hooks += [h for block, inner in blocks.items() for h in _run_twice(model, block, inner, by_run)]
     visited: set[str] = set()
     training = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_cache(model):
             for p in passes:
                 _advance(p, visited)
             while waiting := [p for p in passes if p.at is not None]:
                 # Batches may differ in route (experts); definition order keeps early layers first.
                 name = min((p.at for p in waiting if p.at), key=order.__getitem__)
                 here = [p for p in waiting if p.at == name]
-                visit(Arrival(by_name[name], [p.x for p in here], [_mask(p, name) for p in here]))  # type: ignore[misc]
+                if name in by_name:
+                    visit(Arrival(by_name[name], [p.x for p in here], [_mask(p, name) for p in here]))  # type: ignore[misc]
                 visited.add(name)
+                if leave is not None and name not in within:
+                    leave([by_name[n] for n in blocks.get(name, (name,)) if n in visited])
                 for p in here:
                     _advance(p, visited)
     finally:
@@ -145,6 +163,46 @@ def _pause(name: str, by_run: Mapping[greenlet, _Pass]) -> Callable[..., None]:
         current.parent.switch((name, x))
 
     return hook
+
+
+def _run_twice(
+    model: nn.Module, block: str, inner: Sequence[str], by_run: Mapping[greenlet, _Pass]
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """At a block's end its pass waits until the block has changed, then runs it again with the same arguments."""
+
+    def enter(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if (mine := by_run.get(getcurrent())) is not None and block not in mine.done:
+            mine.versions[block] = _versions(args, kwargs)
+
+    def again(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:
+        current = getcurrent()
+        mine = by_run.get(current)
+        if mine is None or block in mine.done:
+            return None
+        _refuse_changed(block, kwargs, mine.versions.pop(block), _versions(args, kwargs))
+        mine.done.update(inner, (block,))
+        current.parent.switch((block, None))
+        return module.forward(*args, **kwargs)
+
+    module = model.get_submodule(block)
+    return [
+        module.register_forward_pre_hook(enter, with_kwargs=True),
+        module.register_forward_hook(again, with_kwargs=True),
+    ]
+
+
+def _versions(args: tuple[object, ...], kwargs: dict[str, object]) -> list[int]:
+    return [x._version for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+
+
+def _refuse_changed(block: str, kwargs: dict[str, object], before: list[int], after: list[int]) -> None:
+    why = "writes into its own inputs" if before != after else None
+    if kwargs.get("past_key_values") is not None:
+        why = "fills a key-value cache (the batches should not ask for one)"
+    if why:
+        raise CalibrationError(
+            f"block {block!r} {why}, so it cannot be run twice; use sequential='layer', which runs it once"
+        )
 
 
 def _advance(p: _Pass, visited: set[str]) -> None:
@@ -201,107 +259,3 @@ def _mask(p: _Pass, name: str) -> Tensor | None:
     if not isinstance(mask, Tensor) or not (flat or mask.shape == p.x.shape[:-1]):
         return None
     return mask.reshape(-1).bool()
-
-
-class Collector:
-    """Takes a layer's input statistics from an arrival; layers fed by the very same tensors share them.
-
-    q, k and v projections read one tensor: their Gram matrix is computed once.
-    """
-
-    def __init__(self, needs: Sequence[str]) -> None:
-        self.needs = tuple(needs)
-        self._key: tuple[object, ...] = ()
-        self._held: list[Tensor] = []
-        self._stats: dict[str, Tensor] = {}
-
-    def __call__(self, arrival: Arrival, module: nn.Module) -> Stats:
-        """Statistics of the layer's input columns: "input_norm" [K], "gram" [K, K], "tokens".
-
-        input_norm_j = √(mean_n x_nj²);  gram = mean_n x_n x_nᵀ;  both over real tokens, float32.
-
-        Raises:
-            NonFiniteError: an activation is NaN or infinite; the message names the layer.
-        """
-        key = (_geometry(module), *((id(x), x._version) for x in arrival.inputs))
-        if key != self._key:
-            self._key, self._held, self._stats = (), [], {}  # one layer's statistics at a time
-            self._stats = self._measure(arrival, module)
-            self._key, self._held = key, arrival.inputs  # held, so that ids are not reused
-        return self._stats
-
-    def _measure(self, arrival: Arrival, module: nn.Module) -> dict[str, Tensor]:
-        total, sums = 0, dict.fromkeys(self.needs)
-        for x, mask in zip(arrival.inputs, arrival.masks):
-            x_NK = columns(x, module)
-            x_NK = x_NK if mask is None else x_NK[mask.to(x.device)]
-            total += len(x_NK)
-            for need in self.needs:
-                sums[need] = _ADD[need](sums[need], x_NK)
-        stats = {need: _FINISH[need](value, max(total, 1)) for need, value in sums.items()}
-        for need, value in stats.items():
-            if not bool(value.isfinite().all()):
-                raise NonFiniteError(
-                    f"activations into layer {arrival.target.name!r} are NaN or infinite ({need}); "
-                    "check the calibration data, or run the model in float32"
-                )
-        return {**stats, "tokens": torch.tensor(total)}
-
-
-def _geometry(module: nn.Module) -> tuple[object, ...]:
-    """What decides which columns a layer makes of its input: layers that agree in it may share statistics."""
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        return ()
-    return type(module), module.kernel_size, module.stride, module.padding, module.dilation
-
-
-def _add_square(total: Tensor | None, x_NK: Tensor) -> Tensor:
-    square_K = torch.linalg.vector_norm(x_NK, dim=0, dtype=torch.float32).square()
-    return square_K if total is None else total.add_(square_K)
-
-
-def _add_gram(total: Tensor | None, x_NK: Tensor) -> Tensor:
-    x_NK = x_NK.float()
-    gram_KK = x_NK.t() @ x_NK
-    return gram_KK if total is None else total.add_(gram_KK)
-
-
-_ADD = {"input_norm": _add_square, "gram": _add_gram}
-_FINISH = {"input_norm": lambda s, n: (s / n).sqrt(), "gram": lambda s, n: s / n}
-
-
-def without_statistics(module: nn.Module) -> str | None:
-    """Why a layer's input has no column statistics; None when it has."""
-    if isinstance(module, RECURRENT):
-        return "the weights of a recurrent layer meet hidden states, which calibration does not see"
-    if isinstance(module, nn.Conv3d):
-        return "statistics of 3-D convolutions are not collected"
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        return None
-    if module.groups != 1:
-        return "a grouped convolution has one input per group, so it has no single column statistic"
-    if isinstance(module.padding, str) or module.padding_mode != "zeros":
-        return f"padding {module.padding!r} in mode {module.padding_mode!r} has no column statistic"
-    return None
-
-
-def columns(x: Tensor, module: nn.Module) -> Tensor:
-    """A layer's input as rows of what its weight multiplies: x_NK, in the order of weight.flatten(1).
-
-    Raises:
-        CalibrationError: the layer has no column statistics (`without_statistics` says why).
-    """
-    if reason := without_statistics(module):
-        raise CalibrationError(f"{reason}; skip it, or prune it by magnitude")
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        return x.reshape(-1, x.shape[-1])
-    flat = isinstance(module, nn.Conv1d)
-    lead = (lambda first, rest: (first, *rest)) if flat else (lambda first, rest: rest)
-    cols_BKL = torch.nn.functional.unfold(
-        x.unsqueeze(-2) if flat else x,
-        lead(1, module.kernel_size),
-        dilation=lead(1, module.dilation),
-        padding=lead(0, module.padding),
-        stride=lead(1, module.stride),
-    )
-    return cols_BKL.transpose(1, 2).reshape(-1, cols_BKL.shape[1])

@@ -14,7 +14,7 @@ from ..core.search import refuse_pools
 from ..core.shrink import StraightThrough
 from ..core.sparsifier import Sparsifier, require_finite
 from ..core.support import Support
-from .calibrate import without_statistics
+from .statistics import without_statistics
 from .targets import Target
 from .twoway import refuse_one_way
 

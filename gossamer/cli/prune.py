@@ -34,6 +34,9 @@ def prune(
     regroup: Annotated[
         bool, typer.Option("--regroup", help="4-row, 2-row ...: choose which rows share zeros.")
     ] = False,
+    sequential: Annotated[
+        str, typer.Option(help="layer or block: what is still dense while its inputs are measured; the method's own.")
+    ] = "",
     data: Annotated[str, typer.Option(help="Calibration text: a file, asset:wikitext2, asset:movie-reviews.")] = "",
     samples: Annotated[int | None, typer.Option(help="Calibration texts or windows; 128.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per window, or where a text is cut; 512.")] = None,
@@ -61,7 +64,7 @@ def prune(
     held = recipes.read(recipe) if recipe else {}
     flags = {
         **{"model": model, "method": method, "sparsity": sparsity, "density": density, "pattern": pattern},
-        **{"regroup": regroup or None},
+        **{"regroup": regroup or None, "sequential": sequential},
         **{"data": data, "samples": samples, "length": length, "batch": batch, "seed": seed},
         **{"targets": tuple(targets or ()), "skip": tuple(skip or ()), "allocation": allocation},
         **{"workdir": workdir, "out": out, "options": recipes.options(option or ())},
@@ -151,6 +154,7 @@ def _run(asked: Recipe, sparsifier: Sparsifier) -> tuple[PruneReport, int]:
             targets=asked.targets,
             skip=asked.skip,
             regroup=asked.regroup,
+            sequential=asked.sequential,
             allocation=asked.allocation,
             workdir=workdir,
             progress=progress,

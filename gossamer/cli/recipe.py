@@ -24,6 +24,7 @@ class Recipe:
         density: fraction kept, in [0, 1]; or sparsity, 1 − density; or neither where the pattern fixes it.
         pattern: a name or an expression; None = the method's own.
         regroup: patterns that tie rows choose which rows they tie.
+        sequential: "layer" or "block": what is still dense while its statistics are taken; None = the method's own.
         data: text file or "asset:NAME"; needed by methods that look at activations.
         samples, length, batch, seed: of the calibration data; see `calibration.batches`.
         targets, skip: glob patterns of layers.
@@ -39,6 +40,7 @@ class Recipe:
     sparsity: float | None = None
     pattern: str | None = None
     regroup: bool = False
+    sequential: str | None = None
     data: str | None = None
     samples: int = 128
     length: int | None = None

@@ -38,6 +38,8 @@ class Sparsifier:
         shrink: what becomes of the values.
         policy: when the support is chosen.
         needs: statistics to collect first: "input_norm", "gram" of the layer's input, or what `probe` finds.
+        sequential: statistics are taken with all layers before this one pruned, "layer"; or with those of its own block
+            still dense, "block".
         scope: "layer" = each weight by itself; "model" = all weights are one pool.
         solve: an alternating solver that replaces score, select and shrink (SparseGPT), or None.
         name: the method's name, for reports.
@@ -59,6 +61,7 @@ class Sparsifier:
     shrink: Shrink = hard
     policy: Policy = ONE_SHOT
     needs: tuple[str, ...] = ()
+    sequential: str = "layer"
     scope: str = "layer"
     solve: Solver | None = None
     name: str = ""

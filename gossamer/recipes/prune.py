@@ -5,51 +5,26 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..attach.calibrate import Arrival, Batch, Collector, stream, without_statistics
+from ..attach.calibrate import Batch
 from ..attach.journal import Journal, digest
 from ..attach.spread import tries_out
-from ..attach.start import first_supports
-from ..attach.targets import Found, Target, find
-from ..core.errors import CalibrationError, PatternError, TargetError
+from ..attach.statistics import without_statistics
+from ..attach.targets import Found, find
+from ..core.errors import CalibrationError, PatternError, TargetError, UnknownName
 from ..core.pattern import Pattern
 from ..core.policy import OneShot
 from ..core.registry import get_method
 from ..core.regroup import tied_rows
 from ..core.sparsifier import Sparsifier, require_finite
-from ..score import salt
 from ..score.trial import Loss, Trial, as_batches
 from .allocate import allocate
-
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """What became of one layer.
-
-    Args:
-        shape: of the weight, outputs first.
-        kept: non-zero entries now.
-        seconds: time spent on this layer's own statistics and pruning.
-        resumed: taken from an earlier run's journal.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    kept: int
-    seconds: float
-    resumed: bool = False
-
-    @property
-    def density(self) -> float:
-        """Fraction kept."""
-        return self.kept / max(math.prod(self.shape), 1)
+from .pruning import LayerResult, Progress, Run
 
 
 @dataclass(frozen=True)
@@ -80,6 +55,7 @@ def prune(
     sparsity: float | None = None,
     pattern: str | None = None,
     regroup: bool = False,
+    sequential: str | None = None,
     data: Iterable[Batch] | None = None,
     loss: Loss | None = None,
     targets: Iterable[str] = (),
@@ -99,6 +75,8 @@ def prune(
         pattern: a name ("2:4", "4-row", "unstructured") or an expression; default: the method's own.
         regroup: let patterns that tie rows ("4-row", "64:2:8") choose which rows they tie, instead of neighbours;
             keeps more of the score at the same density, and packing finds the groups again.
+        sequential: "layer": each layer's statistics are taken after all layers before it were pruned; "block": those of
+            a whole block before any of its layers is, which runs each block twice. None: as the method's paper does.
         data: calibration batches for methods that need them: mappings are passed as keywords. Methods that go by the
             loss's gradient take pairs (inputs, target), or mappings.
         loss: (output, target) → scalar, for those; None: the model returns it.
@@ -126,6 +104,7 @@ def prune(
     began = time.perf_counter()
     sparsifier = _sparsifier(method, density, sparsity, pattern, options)
     sparsifier = replace(sparsifier, regroup=True) if regroup else sparsifier
+    order = _order(sparsifier, sequential)
     found = _leave_out(model, find(model, tuple(targets), tuple(skip)), sparsifier)
     _check_fit(model, found, sparsifier)
     tried = tries_out(sparsifier, allocation)
@@ -141,13 +120,17 @@ def prune(
     per_layer = allocate(
         model, found.targets, sparsifier, allocation, data=data, trial=trial, progress=progress, workdir=workdir
     )
-    run_of = {"options": {k: repr(v) for k, v in sorted(options.items())}, "data": _data_digest(data)}
+    run_of = {
+        "options": {k: repr(v) for k, v in sorted(options.items())},
+        "sequential": order,
+        "data": _data_digest(data),
+    }
     journal = Journal(workdir, _identity(model, found, sparsifier, per_layer) | run_of) if workdir is not None else None
-    run = _Run(model, found.targets, per_layer, journal, offload, progress)
+    run = Run(model, found.targets, per_layer, journal, offload, progress)
     if sparsifier.probe:
         unreached = run.together(sparsifier, trial)
     else:
-        unreached = run.with_data(data) if sparsifier.needs else run.without_data(sparsifier)
+        unreached = run.with_data(data, order) if sparsifier.needs else run.without_data(sparsifier)
     skipped = (*found.skipped, *((n, "no calibration batch reached it; left dense") for n in unreached))
     return PruneReport(sparsifier.name, _words(sparsifier), tuple(run.results), skipped, time.perf_counter() - began)
 
@@ -183,6 +166,18 @@ def _one_shot(sparsifier: Sparsifier) -> Sparsifier:
     if sparsifier.scope == "model" and sparsifier.needs and not sparsifier.probe:
         raise TargetError("one pool over the whole model needs all statistics at once; use scope='layer'")
     return sparsifier
+
+
+def _order(sparsifier: Sparsifier, sequential: str | None) -> str:
+    """What is seen dense while statistics are taken."""
+    if sequential is not None and (not sparsifier.needs or sparsifier.probe):
+        raise TargetError(
+            f"method {sparsifier.name!r} takes no statistics of a layer's inputs, so sequential={sequential!r} means "
+            "nothing to it; leave it out"
+        )
+    if sequential not in (None, "layer", "block"):
+        raise UnknownName(f"sequential is 'layer' or 'block', got {sequential!r}")
+    return sequential or sparsifier.sequential
 
 
 def _leave_out(model: nn.Module, found: Found, sparsifier: Sparsifier) -> Found:
@@ -243,89 +238,3 @@ def _identity(
             for t in found.targets
         },
     }
-
-
-class _Run:
-    """One call of `prune`: which layer comes next, and what becomes of it."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        targets: Sequence[Target],
-        per_layer: dict[str, Sparsifier],
-        journal: Journal | None,
-        offload: bool,
-        progress: Progress | None,
-    ) -> None:
-        self.model, self.targets, self.per_layer = model, targets, per_layer
-        self.journal, self.offload, self.progress = journal, offload, progress
-        self.results: list[LayerResult] = []
-        if offload:
-            for t in targets:
-                self._to_disk(t)
-
-    def with_data(self, data: Iterable[Batch]) -> list[str]:
-        needs = next(iter(self.per_layer.values())).needs
-        collect = Collector(needs)
-
-        def visit(arrival: Arrival) -> None:
-            began = time.perf_counter()
-            if not self._resume(arrival.target):
-                stats = collect(arrival, arrival.target.module(self.model))
-                self._prune_one(arrival.target, stats, began)
-
-        return stream(self.model, data, self.targets, visit)
-
-    def without_data(self, sparsifier: Sparsifier) -> list[str]:
-        if sparsifier.scope == "model":
-            return self.together(sparsifier, None)
-        for t in self.targets:
-            if not self._resume(t):
-                self._prune_one(t, {"salt": salt(t.name)}, time.perf_counter())
-        return []
-
-    def _prune_one(self, target: Target, stats: dict[str, Tensor], began: float) -> None:
-        w = target.weight(self.model).detach()
-        new, _ = self.per_layer[target.name].apply(w, stats)
-        self._finish(target, new, began)
-
-    def together(self, sparsifier: Sparsifier, trial: Trial | None) -> list[str]:
-        """All layers at once: they compete with each other, or are scored by what they do together."""
-        began = time.perf_counter()
-        for t, support in first_supports(self.model, self.targets, sparsifier, self.per_layer, trial).items():
-            self._finish(t, sparsifier.shrink(t.weight(self.model).detach(), support), began)
-            began = time.perf_counter()
-        return []
-
-    def _finish(self, target: Target, new: Tensor, began: float, resumed: bool = False) -> None:
-        """The weight goes into the model; the journal is written first, so what is recorded is what was computed."""
-        if self.journal is not None and not resumed:
-            self.journal.write(target.name, new, of=target.weight(self.model))
-        if self.offload:
-            self._map(target, "pruned")
-        else:
-            target.write(self.model, new)
-        seconds = time.perf_counter() - began
-        self.results.append(LayerResult(target.name, tuple(new.shape), int((new != 0).sum()), seconds, resumed))
-        if self.progress is not None:
-            self.progress(target.name, len(self.results), len(self.targets))
-
-    def _resume(self, target: Target) -> bool:
-        if self.journal is None or not self.journal.finished(target.name):
-            return False
-        w = self.journal.read(target.name, target.weight(self.model).detach())
-        self._finish(target, w, time.perf_counter(), resumed=True)
-        return True
-
-    def _to_disk(self, target: Target) -> None:
-        assert self.journal is not None  # checked by prune()
-        if not self.journal.finished(target.name):
-            self.journal.write(target.name, target.weight(self.model), kind="dense")
-            self._map(target, "dense")
-
-    def _map(self, target: Target, kind: str) -> None:
-        """Let the parameter be a view of its file: the page cache, not the heap, holds it."""
-        w = self.journal.mapped(target.name, kind=kind)  # type: ignore[union-attr]
-        target.stored(self.model).data = w.t() if target.transposed else w
-        if kind == "pruned":
-            self.journal.forget(target.name, kind="dense")  # type: ignore[union-attr]

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 
-from ..attach.calibrate import Arrival, Batch, Collector, stream
+from ..attach.calibrate import Arrival, Batch, stream
+from ..attach.statistics import Collector
 from ..attach.targets import Target
 from ..core.allocation import by_sensitivity
 from ..core.errors import BudgetError

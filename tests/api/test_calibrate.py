@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gossamer.attach import Collector, find, stream
-from gossamer.attach.calibrate import columns
+from gossamer.attach.blocks import blocks_of
+from gossamer.attach.statistics import columns
 from gossamer.core.errors import CalibrationError, NonFiniteError, TargetError
 
 transformers = pytest.importorskip("transformers")
@@ -318,3 +321,76 @@ def test_cross_attention_counts_the_encoders_tokens_and_the_decoder_its_own() ->
     assert counted["decoder.block.0.layer.0.SelfAttention.k"] == 11
     assert counted["decoder.block.0.layer.1.EncDecAttention.k"] == 21
     assert counted["decoder.block.0.layer.1.EncDecAttention.q"] == 11
+
+
+BLOCKS = [bert, llama, gpt2, opt, t5, vit]
+
+
+@pytest.mark.parametrize("make", BLOCKS, ids=lambda f: f.__name__)
+def test_by_blocks_each_layer_sees_its_own_block_unchanged_and_those_before_it_changed(make) -> None:
+    """The usual procedure, written plainly: for each block, an ordinary forward, then all of its layers change."""
+    torch.manual_seed(0)
+    model, batch = make()
+    model.eval()
+    plain_twin = copy.deepcopy(model)
+    targets = find(model).targets
+    blocks = blocks_of(model, targets)
+    inside = {name: names for names in blocks.values() for name in names}
+    assert len(inside) >= len(targets) - 2  # ViT has a patch embedding and a pooler outside
+    groups = dict.fromkeys(inside.get(t.name, (t.name,)) for t in targets)  # in the order the model runs them
+    expected: dict[str, list[Tensor]] = {}
+    for group in groups:
+        expected |= recorded_inputs(plain_twin, [batch], list(group))
+        with torch.no_grad():
+            for name in group:
+                plain_twin.get_submodule(name).weight.mul_(0.5)
+    seen: dict[str, list[Tensor]] = {}
+
+    def leave(done) -> None:
+        for t in done:
+            t.write(model, t.weight(model) * 0.5)
+
+    stream(model, [batch], targets, lambda a: seen.setdefault(a.target.name, a.inputs), leave, sequential="block")
+    for name, inputs in expected.items():
+        torch.testing.assert_close(seen[name][0], inputs[0])
+    for name, w in model.state_dict().items():
+        assert torch.equal(w, plain_twin.state_dict()[name])
+
+
+def test_blocks_are_the_entries_of_the_outermost_lists() -> None:
+    config = transformers.MixtralConfig(vocab_size=32, num_key_value_heads=1, num_local_experts=2, **SMALL)
+    model = transformers.MixtralForCausalLM(config)
+    assert list(blocks_of(model, find(model).targets)) == ["model.layers.0", "model.layers.1"]
+    assert blocks_of(plain()[0], find(plain()[0]).targets) == {}
+
+
+def test_a_block_that_writes_into_its_inputs_cannot_run_twice() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.add_(self.inner(x))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([Writes()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.parts[0](x * 1)
+
+    model = Net()
+    run_it = lambda order: stream(model, [torch.ones(2, 4)], find(model).targets, lambda a: None, sequential=order)
+    assert run_it("layer") == []
+    with pytest.raises(CalibrationError, match=r"'parts.0' writes into its own inputs.*sequential='layer'"):
+        run_it("block")
+
+
+def test_the_cache_setting_of_a_model_is_given_back() -> None:
+    model, batch = llama()
+    stream(model, [batch], find(model).targets, lambda a: None, sequential="block")
+    assert model.config.use_cache
+    with pytest.raises(CalibrationError, match="key-value cache"):
+        stream(model, [{**batch, "use_cache": True}], find(model).targets, lambda a: None, sequential="block")

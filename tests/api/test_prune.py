@@ -177,6 +177,43 @@ def test_a_killed_run_goes_on_from_the_last_finished_layer(method: str, tmp_path
         assert torch.equal(w, weights(again)[name])
 
 
+class Stack(nn.Module):
+    """Two residual blocks of two layers in a list, as transformers has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        part = lambda: nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16))
+        self.blocks = nn.ModuleList([part(), part()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_run_killed_within_a_block_measures_the_block_as_it_was(offload: bool, tmp_path) -> None:
+    whole, other = Stack(), Stack()
+    prune(whole, "wanda", density=0.4, data=batches())
+    prune(other, "wanda", density=0.4, data=batches(), sequential="layer")
+    assert any(not torch.equal(w, weights(other)[n]) for n, w in weights(whole).items())
+
+    def die(name: str, done: int, total: int) -> None:
+        if done == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        prune(Stack(), "wanda", density=0.4, data=batches(), workdir=tmp_path, offload=offload, progress=die)
+    again = Stack()
+    report = prune(again, "wanda", density=0.4, data=batches(), workdir=tmp_path, offload=offload)
+    assert [r.resumed for r in report.layers] == [True, True, True, False]
+    for name, w in weights(whole).items():
+        assert torch.equal(w, weights(again)[name])
+    with pytest.raises(TargetError):
+        prune(Stack(), "wanda", density=0.4, data=batches(), workdir=tmp_path, sequential="layer")
+
+
 def test_a_workdir_of_another_run_is_refused_and_a_damaged_layer_is_named(tmp_path) -> None:
     prune(net(), "magnitude", density=0.4, workdir=tmp_path)
     with pytest.raises(TargetError, match="holds a run"):
@@ -221,6 +258,10 @@ def test_a_measured_allocation_is_kept_for_the_run_that_goes_on(tmp_path) -> Non
 
 
 def test_what_would_be_ignored_is_refused() -> None:
+    with pytest.raises(TargetError, match="takes no statistics"):
+        prune(net(), "magnitude", density=0.5, sequential="block")
+    with pytest.raises(UnknownName, match="'layer' or 'block', got 'blocks'"):
+        prune(net(), "wanda", density=0.5, sequential="blocks", data=batches())
     sparsifier = gossamer.get_method("magnitude")(density=0.5)
     with pytest.raises(TargetError, match="damping would be ignored"):
         prune(net(), sparsifier, damping=3)

@@ -31,5 +31,6 @@ def wanda(*, density: float | Schedule | None = None, pattern: str | Pattern = "
         pattern=who,
         budget=budget_for(who, density, default=0.5),
         needs=("input_norm",),
+        sequential="block",
         name="wanda",
     )

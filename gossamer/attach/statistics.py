@@ -1,0 +1,120 @@
+"""Statistics of a layer's inputs, taken where calibration pauses: column norms and Gram matrices.
+
+Shape suffixes: N tokens (or positions), K input columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import CalibrationError, NonFiniteError
+from ..core.sparsifier import Stats
+from .calibrate import Arrival
+from .recurrent import RECURRENT
+
+
+class Collector:
+    """Takes a layer's input statistics from an arrival; layers fed by the very same tensors share them.
+
+    q, k and v projections read one tensor: their Gram matrix is computed once.
+    """
+
+    def __init__(self, needs: Sequence[str]) -> None:
+        self.needs = tuple(needs)
+        self._key: tuple[object, ...] = ()
+        self._held: list[Tensor] = []
+        self._stats: dict[str, Tensor] = {}
+
+    def __call__(self, arrival: Arrival, module: nn.Module) -> Stats:
+        """Statistics of the layer's input columns: "input_norm" [K], "gram" [K, K], "tokens".
+
+        input_norm_j = √(mean_n x_nj²);  gram = mean_n x_n x_nᵀ;  both over real tokens, float32.
+
+        Raises:
+            NonFiniteError: an activation is NaN or infinite; the message names the layer.
+        """
+        key = (_geometry(module), *((id(x), x._version) for x in arrival.inputs))
+        if key != self._key:
+            self._key, self._held, self._stats = (), [], {}  # one layer's statistics at a time
+            self._stats = self._measure(arrival, module)
+            self._key, self._held = key, arrival.inputs  # held, so that ids are not reused
+        return self._stats
+
+    def _measure(self, arrival: Arrival, module: nn.Module) -> dict[str, Tensor]:
+        total, sums = 0, dict.fromkeys(self.needs)
+        for x, mask in zip(arrival.inputs, arrival.masks):
+            x_NK = columns(x, module)
+            x_NK = x_NK if mask is None else x_NK[mask.to(x.device)]
+            total += len(x_NK)
+            for need in self.needs:
+                sums[need] = _ADD[need](sums[need], x_NK)
+        stats = {need: _FINISH[need](value, max(total, 1)) for need, value in sums.items()}
+        for need, value in stats.items():
+            if not bool(value.isfinite().all()):
+                raise NonFiniteError(
+                    f"activations into layer {arrival.target.name!r} are NaN or infinite ({need}); "
+                    "check the calibration data, or run the model in float32"
+                )
+        return {**stats, "tokens": torch.tensor(total)}
+
+
+def _geometry(module: nn.Module) -> tuple[object, ...]:
+    """What decides which columns a layer makes of its input: layers that agree in it may share statistics."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return ()
+    return type(module), module.kernel_size, module.stride, module.padding, module.dilation
+
+
+def _add_square(total: Tensor | None, x_NK: Tensor) -> Tensor:
+    square_K = torch.linalg.vector_norm(x_NK, dim=0, dtype=torch.float32).square()
+    return square_K if total is None else total.add_(square_K)
+
+
+def _add_gram(total: Tensor | None, x_NK: Tensor) -> Tensor:
+    x_NK = x_NK.float()
+    gram_KK = x_NK.t() @ x_NK
+    return gram_KK if total is None else total.add_(gram_KK)
+
+
+_ADD = {"input_norm": _add_square, "gram": _add_gram}
+_FINISH = {"input_norm": lambda s, n: (s / n).sqrt(), "gram": lambda s, n: s / n}
+
+
+def without_statistics(module: nn.Module) -> str | None:
+    """Why a layer's input has no column statistics; None when it has."""
+    if isinstance(module, RECURRENT):
+        return "the weights of a recurrent layer meet hidden states, which calibration does not see"
+    if isinstance(module, nn.Conv3d):
+        return "statistics of 3-D convolutions are not collected"
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return None
+    if module.groups != 1:
+        return "a grouped convolution has one input per group, so it has no single column statistic"
+    if isinstance(module.padding, str) or module.padding_mode != "zeros":
+        return f"padding {module.padding!r} in mode {module.padding_mode!r} has no column statistic"
+    return None
+
+
+def columns(x: Tensor, module: nn.Module) -> Tensor:
+    """A layer's input as rows of what its weight multiplies: x_NK, in the order of weight.flatten(1).
+
+    Raises:
+        CalibrationError: the layer has no column statistics (`without_statistics` says why).
+    """
+    if reason := without_statistics(module):
+        raise CalibrationError(f"{reason}; skip it, or prune it by magnitude")
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return x.reshape(-1, x.shape[-1])
+    flat = isinstance(module, nn.Conv1d)
+    lead = (lambda first, rest: (first, *rest)) if flat else (lambda first, rest: rest)
+    cols_BKL = torch.nn.functional.unfold(
+        x.unsqueeze(-2) if flat else x,
+        lead(1, module.kernel_size),
+        dilation=lead(1, module.dilation),
+        padding=lead(0, module.padding),
+        stride=lead(1, module.stride),
+    )
+    return cols_BKL.transpose(1, 2).reshape(-1, cols_BKL.shape[1])

@@ -1,0 +1,140 @@
+"""One run of `prune`: layer after layer, with or without data, from the last finished one on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..attach.calibrate import Arrival, Batch, stream
+from ..attach.journal import Journal
+from ..attach.start import first_supports
+from ..attach.statistics import Collector
+from ..attach.targets import Target
+from ..core.sparsifier import Sparsifier, Stats
+from ..score import salt
+from ..score.trial import Trial
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What became of one layer.
+
+    Args:
+        shape: of the weight, outputs first.
+        kept: non-zero entries now.
+        seconds: time spent on this layer's own statistics and pruning.
+        resumed: taken from an earlier run's journal.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kept: int
+    seconds: float
+    resumed: bool = False
+
+    @property
+    def density(self) -> float:
+        """Fraction kept."""
+        return self.kept / max(math.prod(self.shape), 1)
+
+
+class Run:
+    """One call of `prune`: which layer comes next, and what becomes of it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        per_layer: dict[str, Sparsifier],
+        journal: Journal | None,
+        offload: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.targets, self.per_layer = model, targets, per_layer
+        self.journal, self.offload, self.progress = journal, offload, progress
+        self.results: list[LayerResult] = []
+        if offload:
+            for t in targets:
+                self._to_disk(t)
+
+    def with_data(self, data: Iterable[Batch], sequential: str) -> list[str]:
+        """Statistics first, of one layer or of a block; then its layers change and the passes go on."""
+        collect = Collector(next(iter(self.per_layer.values())).needs)
+        measured: dict[str, tuple[Stats, float]] = {}
+
+        def visit(arrival: Arrival) -> None:
+            began, target = time.perf_counter(), arrival.target
+            if not self._finished(target):
+                stats = collect(arrival, target.module(self.model))
+                measured[target.name] = stats, time.perf_counter() - began
+
+        def leave(targets: Sequence[Target]) -> None:
+            for t in targets:
+                if not self._resume(t):
+                    stats, seconds = measured.pop(t.name)
+                    self._prune_one(t, stats, time.perf_counter() - seconds)
+
+        return stream(self.model, data, self.targets, visit, leave, sequential=sequential)
+
+    def without_data(self, sparsifier: Sparsifier) -> list[str]:
+        if sparsifier.scope == "model":
+            return self.together(sparsifier, None)
+        for t in self.targets:
+            if not self._resume(t):
+                self._prune_one(t, {"salt": salt(t.name)}, time.perf_counter())
+        return []
+
+    def _prune_one(self, target: Target, stats: Stats, began: float) -> None:
+        w = target.weight(self.model).detach()
+        new, _ = self.per_layer[target.name].apply(w, stats)
+        self._finish(target, new, began)
+
+    def together(self, sparsifier: Sparsifier, trial: Trial | None) -> list[str]:
+        """All layers at once: they compete with each other, or are scored by what they do together."""
+        began = time.perf_counter()
+        for t, support in first_supports(self.model, self.targets, sparsifier, self.per_layer, trial).items():
+            self._finish(t, sparsifier.shrink(t.weight(self.model).detach(), support), began)
+            began = time.perf_counter()
+        return []
+
+    def _finish(self, target: Target, new: Tensor, began: float, resumed: bool = False) -> None:
+        """The weight goes into the model; the journal is written first, so what is recorded is what was computed."""
+        if self.journal is not None and not resumed:
+            self.journal.write(target.name, new, of=target.weight(self.model))
+        if self.offload:
+            self._map(target, "pruned")
+        else:
+            target.write(self.model, new)
+        seconds = time.perf_counter() - began
+        self.results.append(LayerResult(target.name, tuple(new.shape), int((new != 0).sum()), seconds, resumed))
+        if self.progress is not None:
+            self.progress(target.name, len(self.results), len(self.targets))
+
+    def _finished(self, target: Target) -> bool:
+        return self.journal is not None and self.journal.finished(target.name)
+
+    def _resume(self, target: Target) -> bool:
+        if not self._finished(target):
+            return False
+        w = self.journal.read(target.name, target.weight(self.model).detach())
+        self._finish(target, w, time.perf_counter(), resumed=True)
+        return True
+
+    def _to_disk(self, target: Target) -> None:
+        assert self.journal is not None  # checked by prune()
+        if not self.journal.finished(target.name):
+            self.journal.write(target.name, target.weight(self.model), kind="dense")
+            self._map(target, "dense")
+
+    def _map(self, target: Target, kind: str) -> None:
+        """Let the parameter be a view of its file: the page cache, not the heap, holds it."""
+        w = self.journal.mapped(target.name, kind=kind)  # type: ignore[union-attr]
+        target.stored(self.model).data = w.t() if target.transposed else w
+        if kind == "pruned":
+            self.journal.forget(target.name, kind="dense")  # type: ignore[union-attr]
