@@ -10,12 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2] / "gossamer"
 
-BELOW_METHODS = {"core", "formats", "kernels", "score", "solve", "nn", "attach"}
+BELOW_METHODS = {"core", "formats", "kernels", "score", "solve", "nn", "attach", "penalty"}
 ALLOWED: dict[str, set[str]] = {
     "core": set(),
     "formats": {"core"},
     "kernels": {"core", "formats"},
     "score": {"core"},
+    "penalty": {"core"},
     "solve": {"core", "kernels"},
     "nn": {"core", "formats", "kernels"},
     "attach": {"core", "score", "kernels", "nn"},

@@ -14,7 +14,7 @@ from gossamer import core
 from gossamer.core import registry
 
 ROOT = Path(gossamer.__file__).parent
-ROOMS = ("core", "score", "solve", "methods")
+ROOMS = ("core", "score", "penalty", "solve", "methods")
 MODULES = sorted(
     ".".join(("gossamer", *path.relative_to(ROOT).with_suffix("").parts))
     for room in ROOMS
@@ -29,7 +29,7 @@ def own_registry(monkeypatch):
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
 
 
-@pytest.mark.parametrize("page", ["patterns", "budgets", "supports", "methods"])
+@pytest.mark.parametrize("page", ["patterns", "budgets", "supports", "methods", "penalties"])
 def test_guide(page, own_registry):
     importlib.import_module("gossamer.methods")
     path = ROOT.parent / "docs" / "guide" / f"{page}.md"
