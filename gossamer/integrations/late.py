@@ -9,17 +9,20 @@ import torch
 from torch import nn
 
 from ..attach import Handle, attach
+from ..attach.weights import hold
 from ..core.errors import TargetError
 from ..core.sparsifier import Sparsifier
 from .brought import Brought
+
+HOLD = "hold"
 
 
 class Late:
     """A method, and what a checkpoint brought for it before it was attached.
 
     Args:
-        method: as in `gossamer.attach`.
-        options: of `gossamer.attach`, without optimizer and total_steps.
+        method: as in `gossamer.attach`, or "hold" for a model that was pruned already.
+        options: of `gossamer.attach` (or `attach.hold`), without optimizer and total_steps.
     """
 
     def __init__(self, method: str | Sparsifier, options: Mapping[str, object]) -> None:
@@ -71,9 +74,14 @@ class Late:
                 "add_callback, and a model, not model_init"
             )
         slots = copy.deepcopy(optimizer.state_dict()) if resumes else {}
-        handle = attach(model, self.method, optimizer=optimizer, total_steps=total_steps, **self.options)  # type: ignore[arg-type]
+        handle = self._take_hold(model, optimizer, total_steps)
         if resumes:
             model.load_state_dict(self._brought.state(), strict=False)
             optimizer.load_state_dict(slots)
         self._brought.layers.clear()
         return handle
+
+    def _take_hold(self, model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int | None) -> Handle:
+        if self.method == HOLD:
+            return hold(model, optimizer=optimizer, **self.options)  # type: ignore[arg-type]
+        return attach(model, self.method, optimizer=optimizer, total_steps=total_steps, **self.options)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ def trainer_callback(method: str | Sparsifier, **options: object) -> TrainerCall
     the Trainer's. `callback.handle` is the handle while training.
 
     Args:
-        method: a registered name, or a Sparsifier.
+        method: a registered name, a Sparsifier, or "hold": a model that was pruned already keeps its zeros.
         options: of `gossamer.attach`: density=, allocation=, targets=, skip=, and the method's own.
 
     Raises:
@@ -32,6 +32,7 @@ def trainer_callback(method: str | Sparsifier, **options: object) -> TrainerCall
     Example:
         >>> callback = trainer_callback("rigl", density=0.1)  # doctest: +SKIP
         >>> Trainer(model, args, train_dataset=data, callbacks=[callback]).train()  # doctest: +SKIP
+        >>> SFTTrainer(pruned, train_dataset=data, callbacks=[trainer_callback("hold")]).train()  # doctest: +SKIP
     """
     return _callback()(Late(method, options))
 

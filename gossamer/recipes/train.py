@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +12,7 @@ from safetensors.torch import save_file
 
 from ..core.errors import FileDamaged, TargetError
 from ..core.files import whole_file
+from .patient import patient
 from .plan import Plan
 from .trained import RUN, WEIGHTS, TrainedRun, read_trained, write_trained
 from .training import Training
@@ -54,7 +52,7 @@ def train(task: Task, plan: Plan, folder: str | Path, *, progress: Progress | No
         run.load(_read(folder / CHECKPOINT))
         run.interruptions += 1
     _write_curve(folder, run.curve)
-    with _patient() as stopped:
+    with patient() as stopped:
         while run.step < plan.steps:
             run.advance()
             _tell(run, folder, progress)
@@ -97,27 +95,6 @@ def refuse_other(folder: Path, plan: Plan) -> None:
                 f"{folder} holds a run with {key} = {held.get(key)!r}, now it is {asked.get(key)!r}; choose another "
                 "folder, or delete that one"
             )
-
-
-@contextmanager
-def _patient() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C is noted, and answered after the step; a second one at once. Yields whether it was pressed."""
-    pressed: list[bool] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(*_: object) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(True)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _tell(run: Training, folder: Path, progress: Progress | None) -> None:

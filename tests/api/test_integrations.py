@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -11,6 +12,8 @@ from torch import nn
 import gossamer
 from gossamer.core.errors import TargetError
 from gossamer.integrations import lightning_callback, trainer_callback
+from gossamer.recipes.prune import prune
+from gossamer.recipes.recover import Distillation
 
 OPTIONS = {"density": 0.25, "every": 2}
 METHODS = ("rigl", "set", "gradual_magnitude")
@@ -114,6 +117,40 @@ def test_a_language_model_goes_on_and_loads_as_ever(tmp_path):
     runs[0].save_pretrained(tmp_path / "final")
     assert equal(runs[0], LlamaForCausalLM.from_pretrained(tmp_path / "final"))
     assert (runs[0].model.layers[0].mlp.up_proj.weight == 0).float().mean() > 0.5
+
+
+def test_a_pruned_language_model_is_recovered_by_the_trainer_and_by_its_kin(tmp_path):
+    """TRL's trainers are Trainers with a `compute_loss` of their own, as this one."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    dense = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes)).eval()
+    pruned = copy.deepcopy(dense)
+    prune(pruned, "magnitude", density=0.5)
+    before = zeros(pruned)
+    seen = []
+
+    class Distilled(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **_):
+            return Distillation(cross_entropy=1.0)(model, dense, inputs)
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, optimizer=None, **_):
+            held = model.model.layers[0].mlp.up_proj.parametrizations.weight
+            moments = [x for x in optimizer.state[held.original].values() if x.shape == held.original.shape]
+            seen.append([float(x.detach()[~held[0].mask].abs().max()) for x in (held.original, *moments)])
+
+    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no", "learning_rate": 0.01}
+    runs = []
+    for start in (None, str(tmp_path / "checkpoint-4")):
+        model, callback = copy.deepcopy(pruned), trainer_callback("hold")
+        args = TrainingArguments(str(tmp_path), max_steps=8, save_steps=4, per_device_train_batch_size=4, **quiet)
+        Distilled(model, args, train_dataset=Words(), callbacks=[callback, Look()]).train(resume_from_checkpoint=start)
+        runs.append(model)
+    assert equal(*runs) and len(seen) == 12 and seen == [[0.0] * 3] * 12
+    assert zeros(runs[0]) == before and set(runs[0].state_dict()) == set(dense.state_dict())
+    assert not torch.equal(runs[0].model.layers[0].mlp.up_proj.weight, pruned.model.layers[0].mlp.up_proj.weight)
 
 
 def test_a_trainer_that_was_stopped_goes_on_in_the_same_process(tmp_path):

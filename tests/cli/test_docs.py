@@ -21,6 +21,7 @@ PAGES = (
     "guide/kernels.md",
     "guide/machine.md",
     "guide/pack.md",
+    "guide/recovery.md",
     "guide/runtime.md",
     "guide/save.md",
     "guide/scores.md",
