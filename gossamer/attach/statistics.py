@@ -1,4 +1,4 @@
-"""Statistics of a layer's inputs, taken where calibration pauses: column norms and Gram matrices.
+"""Statistics of a layer's inputs, taken where calibration pauses: column norms, means, variances and Gram matrices.
 
 Shape suffixes: N tokens (or positions), K input columns.
 """
@@ -29,9 +29,10 @@ class Collector:
         self._stats: dict[str, Tensor] = {}
 
     def __call__(self, arrival: Arrival, module: nn.Module) -> Stats:
-        """Statistics of the layer's input columns: "input_norm" [K], "gram" [K, K], "tokens".
+        """Statistics of the layer's input columns, as asked for, and "tokens".
 
-        input_norm_j = √(mean_n x_nj²);  gram = mean_n x_n x_nᵀ;  both over real tokens, float32.
+        "input_norm" [K] = √(mean_n x_nj²); "input_mean" [K] and "input_var" [K], E[x²] − E[x]²; "gram" [K, K] =
+        mean_n x_n x_nᵀ; all over real tokens, float32.
 
         Raises:
             NonFiniteError: an activation is NaN or infinite; the message names the layer.
@@ -79,8 +80,30 @@ def _add_gram(total: Tensor | None, x_NK: Tensor) -> Tensor:
     return gram_KK if total is None else total.add_(gram_KK)
 
 
-_ADD = {"input_norm": _add_square, "gram": _add_gram}
-_FINISH = {"input_norm": lambda s, n: (s / n).sqrt(), "gram": lambda s, n: s / n}
+def _add_sum(total: Tensor | None, x_NK: Tensor) -> Tensor:
+    sum_K = x_NK.sum(0, dtype=torch.float64)
+    return sum_K if total is None else total.add_(sum_K)
+
+
+def _add_moments(total: Tensor | None, x_NK: Tensor) -> Tensor:
+    """Sums of x and of x², [2, K], in float64: a variance is the difference of two large numbers."""
+    square_K = torch.linalg.vector_norm(x_NK, dim=0, dtype=torch.float64).square()
+    moments_2K = torch.stack([x_NK.sum(0, dtype=torch.float64), square_K])
+    return moments_2K if total is None else total.add_(moments_2K)
+
+
+def _variance(moments_2K: Tensor, tokens: int) -> Tensor:
+    mean_K, square_K = moments_2K / tokens
+    return (square_K - mean_K.square()).clamp(min=0).float()
+
+
+_ADD = {"input_norm": _add_square, "input_mean": _add_sum, "input_var": _add_moments, "gram": _add_gram}
+_FINISH = {
+    "input_norm": lambda s, n: (s / n).sqrt(),
+    "input_mean": lambda s, n: (s / n).float(),
+    "input_var": _variance,
+    "gram": lambda s, n: s / n,
+}
 
 
 def without_statistics(module: nn.Module) -> str | None:

@@ -37,7 +37,8 @@ class Sparsifier:
         budget: how many win in each pool.
         shrink: what becomes of the values.
         policy: when the support is chosen.
-        needs: statistics to collect first: "input_norm", "gram" of the layer's input, or what `probe` finds.
+        needs: statistics to collect first: "input_norm", "input_mean", "input_var", "gram" of the layer's input, or
+            what `probe` finds.
         sequential: statistics are taken with all layers before this one pruned, "layer"; or with those of its own block
             still dense, "block".
         scope: "layer" = each weight by itself; "model" = all weights are one pool.

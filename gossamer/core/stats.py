@@ -15,7 +15,7 @@ def statistic(stats: Mapping[str, Tensor], name: str, shape: Sequence[int]) -> T
 
     Args:
         stats: what calibration collected for one layer, per input column of the weight seen as [rows, columns].
-        name: "input_norm" = sqrt(mean over tokens of x²), or "gram" = mean over tokens of x xᵀ.
+        name: over tokens, "input_norm" = sqrt(mean of x²), "input_mean", "input_var", or "gram" = mean of x xᵀ.
         shape: expected shape, such as (columns,).
 
     Raises:

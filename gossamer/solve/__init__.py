@@ -2,5 +2,6 @@
 
 from .hessian import factor
 from .sparsegpt import saliency, sparsegpt
+from .swaps import Rule, expected_error, swapped
 
-__all__ = ["factor", "saliency", "sparsegpt"]
+__all__ = ["Rule", "expected_error", "factor", "saliency", "sparsegpt", "swapped"]

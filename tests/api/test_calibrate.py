@@ -157,13 +157,15 @@ def test_padding_does_not_enter_statistics() -> None:
 def test_statistics_of_several_batches_add_up() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(6, 3)
-    xs = [torch.randn(n, 6) for n in (4, 1, 9)]
+    xs = [torch.randn(n, 6) + 1000 for n in (4, 1, 9)]  # a large mean, beside which a variance is small
     held = {}
-    collect = Collector(("input_norm", "gram"))
+    collect = Collector(("input_norm", "input_mean", "input_var", "gram"))
     stream(layer_net := nn.Sequential(layer), xs, find(layer_net).targets, lambda a: held.update(collect(a, layer)))
     x = torch.cat(xs).double()
     torch.testing.assert_close(held["gram"].double(), x.T @ x / 14, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(held["input_norm"].double(), x.square().mean(0).sqrt(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(held["input_mean"].double(), x.mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(held["input_var"].double(), x.var(0, unbiased=False), rtol=1e-5, atol=0)
 
 
 def test_layers_fed_by_one_tensor_share_its_gram_and_others_do_not() -> None:

@@ -155,6 +155,7 @@ def test_every_method_keeps_its_promises(name):
     """Exact count, zeros off the support, the input untouched, the same answer twice, no NaN spread."""
     w, x = weight(8, 32, 1), weight(64, 32, 2)
     stats = {"gram": x.T @ x / 64, "input_norm": x.pow(2).mean(0).sqrt(), "tokens": torch.tensor(64)}
+    stats |= {"input_mean": x.mean(0), "input_var": x.var(0, unbiased=False)}
     stats |= {name: weight(8, 32, 3) for name in ("gradient", "hessian_gradient", "flow")}
     before = w.clone()
     for d in (0.25, 0.5, 1.0) if name in N_OF_M else (0.0, 0.25, 1.0):
