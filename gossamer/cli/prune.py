@@ -106,14 +106,16 @@ def _sparsifier(asked: Recipe) -> Sparsifier:
         who = (
             f"method {asked.method!r} scores weights"
             if sparsifier.needs
-            else "allocation 'sensitivity' measures layers"
+            else f"allocation {asked.allocation!r} measures layers"
         )
         raise CalibrationError(f"{who} by their inputs; give --data TEXTFILE or --data asset:wikitext2")
     return sparsifier
 
 
 def _reads(asked: Recipe, sparsifier: Sparsifier) -> bool:
-    return bool(sparsifier.needs) or asked.allocation == "sensitivity"
+    from ..recipes.allocate import MEASURED
+
+    return bool(sparsifier.needs) or asked.allocation in MEASURED
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

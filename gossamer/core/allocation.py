@@ -69,6 +69,34 @@ def by_sensitivity(curves: Curves, sizes: Mapping[str, int], density: float) -> 
     return _exact({n: (sizes[n],) for n in chosen}, chosen, density)
 
 
+def by_outliers(
+    shares: Mapping[str, float], sizes: Mapping[str, int], density: float, *, within: float = 0.08
+) -> dict[str, float]:
+    """density_l = 2λ·(D_l − min D)/(max D − min D) + c, from 0 to 1, with c such that the model's density is right.
+
+    Args:
+        shares: D, share of outliers, per layer; layers of one block have the same.
+        sizes: entries per layer.
+        density: model-wide fraction to keep.
+        within: λ; no two layers are further than 2λ apart.
+
+    Raises:
+        BudgetError: `within` is negative, or the density is not from 0 to 1.
+
+    Reference: Yin et al., Outlier Weighed Layerwise Sparsity (OWL), arXiv:2310.05175.
+    """
+    if within < 0:
+        raise BudgetError(f"within= is half the distance between the extremes, >= 0, got {within}; the paper has 0.08")
+    least, most = min(shares.values(), default=0.0), max(shares.values(), default=0.0)
+    above = {n: 2 * within * (d - least) / (most - least) if most > least else 0.0 for n, d in shares.items()}
+    low, high = -2 * within, 1.0
+    for _ in range(60):  # what they add up to grows with c, and is cut at both ends
+        c = (low + high) / 2
+        got = sum(min(1.0, max(0.0, above[n] + c)) * sizes[n] for n in above)
+        low, high = (c, high) if got < density * sum(sizes.values()) else (low, c)
+    return _exact({n: (sizes[n],) for n in above}, {n: min(1.0, max(0.0, a + high)) for n, a in above.items()}, density)
+
+
 def _hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Lower convex hull of (density, error), left to right."""
     hull: list[tuple[float, float]] = []
@@ -124,5 +152,5 @@ def allocation(name: str) -> Rule:
         UnknownName: no such rule; the message lists near names.
     """
     if name not in ALLOCATIONS:
-        raise unknown("allocation", name, [*ALLOCATIONS, "sensitivity"])
+        raise unknown("allocation", name, [*ALLOCATIONS, "sensitivity", "owl"])
     return ALLOCATIONS[name]

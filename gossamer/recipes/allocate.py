@@ -16,9 +16,15 @@ from ..core.errors import CalibrationError
 from ..core.files import whole_file
 from ..core.sparsifier import Sparsifier
 from ..score import Trial
+from .outliers import allocate_by_outliers
 from .sensitivity import allocate_by_sensitivity
 
 Progress = Callable[[str, int, int], None]
+# Rules that look at the model's inputs.
+MEASURED = {
+    "sensitivity": allocate_by_sensitivity,
+    "owl": lambda model, _, targets, data, **how: allocate_by_outliers(model, targets, data, **how),
+}
 
 
 def allocate(
@@ -35,25 +41,25 @@ def allocate(
     """The sparsifier of every layer, each at its own density.
 
     Args:
-        allocation: "uniform", "er", "erk", "sensitivity", a method in which layers compete ("snip"), or a density per
-            layer name.
-        data: calibration batches, for "sensitivity".
+        allocation: "uniform", "er", "erk", "sensitivity", "owl", a method in which layers compete ("snip"), or a
+            density per layer name.
+        data: calibration batches, for "sensitivity" and "owl".
         trial: data and loss, for such a method.
         workdir: a measured allocation is kept here and taken again by the run that goes on.
 
     Raises:
         BudgetError: the pattern fixes the density, as 2:4 does.
         TargetError: the layers compete in one pool already, a layer has no density, or a name is no layer's.
-        CalibrationError: "sensitivity", or a method that tries the model out, without data.
+        CalibrationError: "sensitivity", "owl", or a method that tries the model out, without data.
         UnknownName: no such rule.
     """
-    if allocation != "sensitivity":
-        return spread(model, targets, sparsifier, allocation, trial, besides=("sensitivity",))
+    if not isinstance(allocation, str) or allocation not in MEASURED:
+        return spread(model, targets, sparsifier, allocation, trial, besides=tuple(MEASURED))
     refuse_spreading(sparsifier, allocation)
     if data is None:
-        raise CalibrationError("allocation 'sensitivity' measures layers on inputs; pass data= (calibration batches)")
+        raise CalibrationError(f"allocation {allocation!r} measures layers on inputs; pass data= (calibration batches)")
     density = sparsifier.final_density()
-    measure = partial(allocate_by_sensitivity, model, sparsifier, targets, data, density=density, progress=progress)
+    measure = partial(MEASURED[allocation], model, sparsifier, targets, data, density=density, progress=progress)
     chosen = measure() if workdir is None else _kept_aside(Path(workdir) / "allocation.json", measure)
     return {name: sparsifier.at_density(d) for name, d in chosen.items()}
 

@@ -82,7 +82,7 @@ def prune(
         loss: (output, target) → scalar, for those; None: the model returns it.
         targets: glob patterns of layers ("re:" for regular expressions); empty = all but the output head.
         skip: layers to leave alone.
-        allocation: how the density is spread over layers: "uniform", "er", "erk", "sensitivity" (measured with
+        allocation: how the density is spread over layers: "uniform", "er", "erk", "sensitivity" or "owl" (measured with
             `data`: one more pass), a method in which layers compete ("snip", with `data` and `loss`: its densities, not
             its choice), or a density per layer name.
         workdir: keep finished layers here; a run that was killed goes on from the last finished layer.

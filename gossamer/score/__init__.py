@@ -6,6 +6,7 @@ from .gradient import HessianGradient, gradient_flow, gradient_times_weight, los
 from .groups import Groups
 from .magnitude import magnitude
 from .random import Random, random, salt
+from .relative import relative_importance
 from .trial import Trial
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "loss_gradient",
     "magnitude",
     "random",
+    "relative_importance",
     "salt",
     "synaptic_flow",
     "weight_times_flow",
