@@ -57,6 +57,8 @@ class Loaded:
 def load(spec: str) -> Loaded:
     """Load a model by folder, asset name or hub id, on the CPU, in the dtype it is stored in.
 
+    "hf:" before a folder or a hub id says that transformers loads it, whatever else has that name.
+
     Raises:
         UnknownName: it is none of the three; near asset names are listed.
         FileDamaged: the folder is not a saved model.
@@ -64,6 +66,8 @@ def load(spec: str) -> Loaded:
     """
     from ..data.models import LOADERS
 
+    if spec.startswith("hf:"):
+        return _from_transformers(spec.removeprefix("hf:"))
     if Path(spec).is_dir():
         return _from_folder(Path(spec))
     if spec in LOADERS:

@@ -14,6 +14,7 @@ from ..core.errors import CalibrationError, FileDamaged, GossamerError, TargetEr
 from ..core.files import whole_file, whole_folder
 from . import recipe as recipes
 from .screen import Json, bar, emit, err, waiting
+from .stages import stages
 
 if TYPE_CHECKING:
     from ..core import Sparsifier
@@ -57,7 +58,8 @@ def prune(
     """Make a model sparse, in one pass, with or without calibration data.
 
     Writes plain dense weights with zeros in them, which transformers loads as ever; 'gossamer pack' then makes the
-    zeros pay. A run that was killed goes on from its last finished layer when the same command is given again.
+    zeros pay. A run that was killed goes on from its last finished layer when the same command is given again. A recipe
+    with recover:, evaluate: or pack: is done as one job, ending in OUT/report.html, and goes on at any stage.
 
     Example: gossamer prune minilm --method wanda --density 0.2 --pattern 4-row --data asset:movie-reviews --out small
     """
@@ -71,8 +73,13 @@ def prune(
     }
     asked = _complete(recipes.merge(held, flags))
     sparsifier = _sparsifier(asked)
+    if (more := stages(held)) is not None:
+        from .job import job
+
+        job(asked, more, sparsifier, overwrite=overwrite, as_json=as_json)
+        return
     _check_out(Path(asked.out), overwrite)
-    report, resumed = _run(asked, sparsifier)
+    report, resumed = run(asked, sparsifier)
     emit(as_json, _record(asked, report, resumed), *(() if as_json else _summary(asked, report, resumed)))
 
 
@@ -138,7 +145,8 @@ def _ours(held: set[str]) -> bool:
     return bool(held & {REPORT, RECORD})
 
 
-def _run(asked: Recipe, sparsifier: Sparsifier) -> tuple[PruneReport, int]:
+def run(asked: Recipe, sparsifier: Sparsifier) -> tuple[PruneReport, int]:
+    """Load, prune and save; the report, and how many layers an earlier run had finished."""
     from ..recipes.prune import prune as prune_model
     from . import calibration, models
 

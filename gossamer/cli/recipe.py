@@ -12,6 +12,7 @@ OPPOSITE = {"density": "sparsity", "sparsity": "density"}
 HOW_MANY = ("samples", "length", "batch", "seed")
 FRACTIONS = ("density", "sparsity")
 LISTS = ("targets", "skip")
+STAGES = ("recover", "evaluate", "pack")
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def read(path: Path) -> dict[str, object]:
         raise GossamerError(f"{path} cannot be read as a recipe: {error}") from error
     if not isinstance(held, dict):
         raise GossamerError(f"{path} must be a YAML mapping such as 'method: wanda', got {type(held).__name__}")
-    known = [f.name for f in fields(Recipe)]
+    known = [*(f.name for f in fields(Recipe)), *STAGES]
     for key in held:
         if key not in known:
             raise unknown("recipe key", str(key), known)
@@ -87,6 +88,8 @@ def read(path: Path) -> dict[str, object]:
 
 
 def _checked(key: str, value: object) -> object:
+    if key in STAGES:  # `stages.stages` looks into them
+        return value
     if key in LISTS:
         value = [value] if isinstance(value, str) else value
         good = isinstance(value, list) and all(isinstance(v, str) for v in value)
@@ -112,7 +115,7 @@ def _refuse(key: str, value: object, wanted: str) -> object:
 def merge(held: Mapping[str, object], flags: Mapping[str, object]) -> Recipe:
     """A recipe's keys with the flags that were given on top."""
     given = {k: v for k, v in flags.items() if v not in (None, (), {}, "")}
-    below = {k: v for k, v in held.items() if OPPOSITE.get(k) not in given}
+    below = {k: v for k, v in held.items() if k not in STAGES and OPPOSITE.get(k) not in given}
     options = {**below.get("options", {}), **given.get("options", {})}  # type: ignore[dict-item]
     return Recipe(**{**below, **given, "options": options})  # type: ignore[arg-type]
 

@@ -6,7 +6,7 @@ from .compare import headline, speedup, verdicts
 from .figures import FIGURES, figure, write_png
 from .packed import layer_rows
 from .page import write_report
-from .record import EngineRow, LayerRow, Run, Setting, load_run, write_run
+from .record import EngineRow, LayerRow, Run, Sample, Setting, load_run, write_run
 from .terminal import table
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "EngineRow",
     "LayerRow",
     "Run",
+    "Sample",
     "Setting",
     "figure",
     "headline",

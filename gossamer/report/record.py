@@ -133,6 +133,18 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """What each setting answers to the same prompt, for the reader's own eyes.
+
+    Args:
+        texts: by setting; what comes after the prompt.
+    """
+
+    prompt: str
+    texts: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Run:
     """One measured run: everything that report.html says is computed from this.
 
@@ -147,6 +159,7 @@ class Run:
         command: what was typed.
         saved_at: when it was measured, ISO 8601.
         load_lines: the lines that load the saved model and run it.
+        samples: continuations of the same prompts side by side.
 
     Raises:
         FormatError: a row speaks of a setting that is not there, or no setting is dense.
@@ -162,9 +175,10 @@ class Run:
     command: str = ""
     saved_at: str = ""
     load_lines: tuple[str, ...] = ()
+    samples: tuple[Sample, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("settings", "engines", "layers", "notes", "load_lines"):
+        for name in ("settings", "engines", "layers", "notes", "load_lines", "samples"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "saved_at", self.saved_at or _now())
         names = [s.name for s in self.settings]
@@ -175,6 +189,9 @@ class Run:
         for row in (*self.engines, *self.layers):
             if row.setting not in names:
                 raise unknown("setting", row.setting, names)
+        for name in (name for sample in self.samples for name in sample.texts):
+            if name not in names:
+                raise unknown("setting", name, names)
 
     def setting(self, name: str) -> Setting:
         """The setting called `name`."""
@@ -210,7 +227,7 @@ def load_run(path: str | Path) -> Run:
         raise FileDamaged(f"{path} cannot be read as a run ({error}); pass the run.json that a demo wrote") from error
     if not isinstance(held, dict) or held.pop("schema", None) != SCHEMA:
         raise FileDamaged(f"{path} is JSON, but not a run of schema {SCHEMA}; pass the run.json that a demo wrote")
-    parts = {"settings": Setting, "engines": EngineRow, "layers": LayerRow}
+    parts = {"settings": Setting, "engines": EngineRow, "layers": LayerRow, "samples": Sample}
     for name, record in parts.items():
         held[name] = [_read(record, row) for row in held.get(name, [])]
     return _read(Run, held)
