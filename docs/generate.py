@@ -19,7 +19,7 @@ SECTIONS = ("Args", "Returns", "Raises", "Example", "Reference", "Departs from")
 
 def page() -> str:
     """The whole page."""
-    known = methods().values()
+    known = methods(site=None).values()
     head = (
         "# All methods\n\nGenerated from the registry by `docs/generate.py`. `gossamer methods NAME` prints the same.\n"
     )
@@ -42,6 +42,7 @@ def section(m: Method) -> str:
     """One method: its call, and its docstring as headed parts."""
     call = f"```python\n{m.name}({', '.join(_parameters(m))})\n```"
     trains = "It prunes while a model trains: `gossamer.attach`." if required(m) else ""
+    trains = "It fine-tunes a frozen model: `gossamer.adapt`." if m.site == "delta" else trains
     body = [f"## {m.name}", call, trains, *_parts(inspect.getdoc(m.build) or "")]
     return "\n\n".join(part for part in body if part) + "\n"
 

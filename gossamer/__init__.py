@@ -14,7 +14,7 @@ from importlib import import_module
 from . import methods  # fills the registry
 
 # `attach` names both a room and its one verb: imported here first, the verb wins.
-from .attach import attach
+from .attach import adapt, attach, load_adapter
 from .core import Pattern, Sparsifier, Support, get_method, method, pattern, select
 
 __version__ = "0.1.0"
@@ -34,10 +34,12 @@ __all__ = [
     "Pattern",
     "Sparsifier",
     "Support",
+    "adapt",
     "attach",
     "compile",
     "get_method",
     "load",
+    "load_adapter",
     "method",
     "methods",
     "pack",

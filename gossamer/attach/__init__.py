@@ -1,6 +1,9 @@
 """How a sparsifier holds on to a torch model: targets by name, masks by parametrize, calibration by paused passes."""
 
+from .adapters import Adapters
+from .adapting import adapt, load_adapter
 from .calibrate import stream
+from .delta import Adapter, Delta
 from .handle import Handle
 from .journal import Journal
 from .masked import Masked
@@ -12,7 +15,10 @@ from .targets import Found, Target, find
 from .weights import attach, hold
 
 __all__ = [
+    "Adapter",
+    "Adapters",
     "Collector",
+    "Delta",
     "Flops",
     "Found",
     "Handle",
@@ -21,9 +27,11 @@ __all__ = [
     "Masked",
     "Target",
     "TrainingReport",
+    "adapt",
     "attach",
     "find",
     "hold",
+    "load_adapter",
     "spread",
     "stream",
 ]

@@ -29,10 +29,10 @@ def methods(
     from ..core import methods as registered
 
     if name:
-        found = get_method(name)
+        found = get_method(name, site=None)
         emit(as_json, _record(found), *(() if as_json else (_page(found),)))
         return
-    known = list(registered().values())
+    known = list(registered(site=None).values())
     emit(as_json, [_record(m) for m in known], *(() if as_json else (_table(known),)))
 
 

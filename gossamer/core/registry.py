@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from .errors import UnknownName, near, unknown
-from .sparsifier import Sparsifier
+from .errors import TargetError, UnknownName, near, unknown
 
-Build = Callable[..., Sparsifier]
+# What a site's methods build: "weight" a Sparsifier, "delta" an Adapter (a room above knows that one).
+Build = Callable[..., Any]
+VERBS = {"weight": "gossamer.prune or gossamer.attach", "delta": "gossamer.adapt"}
 
 
 @dataclass(frozen=True)
@@ -18,9 +20,9 @@ class Method:
 
     Args:
         name: what users call it.
-        build: the function that returns its Sparsifier.
+        build: the function that returns its Sparsifier, or its Adapter.
         paper: "arXiv:…" or a citation.
-        site: what it makes sparse: "weight".
+        site: what it makes sparse: "weight", or "delta", the change of a frozen weight.
         row: its row in the method book, such as "P036", or "".
     """
 
@@ -41,8 +43,8 @@ class Method:
         own = inspect.signature(self.build).parameters.values()
         return any(p.name == "density" for p in own) and all(p.default is not p.empty for p in own)
 
-    def __call__(self, **options: object) -> Sparsifier:
-        """Build the sparsifier, refusing options that the method does not have.
+    def __call__(self, **options: object) -> Any:
+        """Build the sparsifier or adapter, refusing options that the method does not have.
 
         Raises:
             UnknownName: an option is not one of the method's; the message lists near names.
@@ -58,7 +60,7 @@ _METHODS: dict[str, Method] = {}
 
 
 def method(name: str, *, paper: str, site: str = "weight", row: str = "") -> Callable[[Build], Build]:
-    """Register a function that builds a Sparsifier. Registering a name twice raises."""
+    """Register a function that builds what its site takes, see `Method`. Registering a name twice raises."""
 
     def register(build: Build) -> Build:
         if name in _METHODS:
@@ -71,17 +73,26 @@ def method(name: str, *, paper: str, site: str = "weight", row: str = "") -> Cal
     return register
 
 
-def methods() -> dict[str, Method]:
-    """Every registered method by name, sorted."""
-    return dict(sorted(_METHODS.items()))
+def methods(site: str | None = "weight") -> dict[str, Method]:
+    """Registered methods of one site by name, sorted; of every site if None."""
+    return {name: m for name, m in sorted(_METHODS.items()) if site in (None, m.site)}
 
 
-def get_method(name: str) -> Method:
+def get_method(name: str, site: str | None = "weight") -> Method:
     """The method called `name`.
+
+    Args:
+        site: what it must make sparse; None = anything.
 
     Raises:
         UnknownName: there is none; the message lists near names.
+        TargetError: it is of another site; the message names the call it belongs to.
     """
     if name not in _METHODS:
-        raise unknown("method", name, _METHODS)
-    return _METHODS[name]
+        raise unknown("method", name, methods(site))
+    found = _METHODS[name]
+    if site not in (None, found.site):
+        raise TargetError(
+            f"method {name!r} is of site {found.site!r}, which this call cannot use; call {VERBS.get(found.site)}"
+        )
+    return found

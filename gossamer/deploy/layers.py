@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..attach.adapted import Adapted
 from ..attach.targets import _is_conv1d
 from ..core.errors import FormatError, TargetError
 from ..core.sparsifier import require_finite
@@ -109,11 +110,17 @@ def _layer(name: str, module: nn.Module, seen: tuple[Images, ...]) -> Layer:
 
 
 def refuse_masks(model: nn.Module) -> None:
-    """Raise if masks of `attach` (or any parametrization) still sit on weights: what is stored would not be final.
+    """Raise if masks of `attach` (or any parametrization) or adapters still sit on weights: these would not be final.
 
     Raises:
         TargetError: some do; call `handle.remove()` first.
     """
+    adapted = [name for name, m in model.named_modules() if isinstance(m, Adapted)]
+    if adapted:
+        raise TargetError(
+            f"{len(adapted)} layers carry adapters ({', '.join(adapted[:3])}...); call merge() of their handle, if "
+            "they are to stay, and remove() first"
+        )
     masked = [name for name, m in model.named_modules() if hasattr(m, "parametrizations")]
     if masked:
         raise TargetError(

@@ -1,5 +1,5 @@
 """Methods: importing this room fills the registry."""
 
-from . import weights
+from . import finetuning, weights
 
-__all__ = ["weights"]
+__all__ = ["finetuning", "weights"]

@@ -17,6 +17,7 @@ PAGES = (
     "quickstart.md",
     "guide/calibration.md",
     "guide/decode.md",
+    "guide/finetuning.md",
     "guide/formats.md",
     "guide/kernels.md",
     "guide/machine.md",

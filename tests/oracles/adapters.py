@@ -1,0 +1,42 @@
+"""Small models for adapters, and what each method of site "delta" is called with on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+# What a method needs besides its defaults on models this small.
+OPTIONS: dict[str, dict[str, object]] = {"lora": {"rank": 2}, "s2ft": {"density": 0.25}}
+
+
+class Block(nn.Module):
+    """A residual feed-forward block with the names that Llama uses."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(width, 2 * width), nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down_proj(torch.relu(self.up_proj(x)))
+
+
+def blocks(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), Block()).to(dtype)
+
+
+def batch(model: nn.Module) -> Tensor:
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
+    return x.to(next(model.parameters()).dtype)
+
+
+def train(model: nn.Module, parameters: Iterable[Tensor], *, steps: int = 3, after=lambda: None) -> None:
+    """A few large steps, so that every number that learns moves."""
+    optimizer = torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.0)
+    for _ in range(steps):
+        (model(batch(model)).float() - 1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after()
