@@ -25,8 +25,8 @@ def ria(
         BudgetError: density disagrees with the pattern's own, or power is negative.
 
     Example:
-        >>> w = torch.tensor([[8.0, 2.0], [1.0, 1.0]])
-        >>> ria().apply(w, {"input_norm": torch.ones(2)})[0].tolist()  # magnitude would keep 8 and 2
+        >>> w = torch.tensor([[8.0, 1.5], [1.0, 1.0]])
+        >>> ria().apply(w, {"input_norm": torch.ones(2)})[0].tolist()  # magnitude would keep 8 and 1.5
         [[8.0, 0.0], [0.0, 1.0]]
 
     Reference: Zhang et al., Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models (RIA),
