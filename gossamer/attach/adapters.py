@@ -74,9 +74,11 @@ class Adapters:
             TargetError: the adapters are merged, so that what was trained had no effect; unmerge first.
         """
         self._refuse_merged("training goes on")
-        for delta in self.deltas().values():
-            delta.steps += 1
-            delta.advance()
+        for _, layer in self._once():
+            for name in layer.uses:
+                layer.deltas[name].steps += 1
+                with torch.no_grad():
+                    layer.deltas[name].advance(turned(layer, layer.weight))
 
     def penalty(self) -> Tensor:
         """What the methods in use add to the loss; 0 for those that add nothing."""

@@ -141,7 +141,8 @@ def _put(
 ) -> None:
     handle.refuse_name(name)
     model = handle.model
-    deltas = {t: chosen.make(t.weight(model).detach(), Place(model, t.name)) for t in places}
+    where = [Place(model, t.name, i, len(places), keep_zeros) for i, t in enumerate(places)]
+    deltas = {t: chosen.make(t.weight(model).detach(), place) for t, place in zip(places, where)}
     for target, delta in deltas.items():
         delta.keep_zeros = keep_zeros
         put_on(model, target, name, delta)

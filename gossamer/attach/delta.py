@@ -52,8 +52,8 @@ class Delta(nn.Module):
         """y = x·(w + change(w))ᵀ + bias of a linear layer, where that can be had without the sum; else None."""
         return None
 
-    def advance(self) -> None:
-        """What moves after an optimizer's step; `steps` counts it already."""
+    def advance(self, w: Tensor) -> None:
+        """What moves after an optimizer's step of the frozen weight w's change; `steps` counts it already."""
 
     def penalty(self, w: Tensor) -> Tensor | None:
         """What the method adds to the loss for this weight."""
@@ -85,10 +85,21 @@ class Delta(nn.Module):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a delta goes: the model and its layer's name."""
+    """Where a delta goes.
+
+    Args:
+        model: the whole one.
+        layer: the layer's name.
+        number: the layer's, counted from 0.
+        of: how many layers the adapter changes.
+        keep_zeros: the change will be cut to entries that are not 0.
+    """
 
     model: nn.Module
     layer: str
+    number: int = 0
+    of: int = 1
+    keep_zeros: bool = False
 
 
 @dataclass(frozen=True)
