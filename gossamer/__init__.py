@@ -25,6 +25,7 @@ _HOME = {
     "compile": "runtime.compiled",
     "Decoder": "runtime.decoder",
     "rearrange": "recipes.rearrange",
+    "slice": "recipes.slicegpt",
     **dict.fromkeys(("load", "pack", "report_of", "save", "unpack"), "deploy"),
     **dict.fromkeys(("spgemm", "spgemm_plan"), "kernels.spgemm"),
 }
@@ -49,6 +50,7 @@ __all__ = [
     "report_of",
     "save",
     "select",
+    "slice",
     "spgemm",
     "spgemm_plan",
     "unpack",

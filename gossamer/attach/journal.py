@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -113,6 +113,18 @@ def digest(w: Tensor) -> str:
     """sha256 of a tensor's values in row-major order."""
     flat = w.detach().contiguous().cpu().reshape(-1)
     return hashlib.sha256(flat.view(torch.uint8).numpy() if flat.numel() else b"").hexdigest()
+
+
+def data_digest(data: Sequence[object] | None) -> str:
+    """One checksum over all tensors of all batches, in order."""
+    total = hashlib.sha256()
+    for batch in data or ():
+        parts = (
+            batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else (batch,)
+        )
+        for part in parts:
+            total.update(digest(part).encode() if isinstance(part, Tensor) else repr(part).encode())
+    return total.hexdigest()
 
 
 def _json(file: Path) -> dict[str, object]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..core.errors import FileDamaged, TargetError, need
 from ..nn.conv import PackedConv2d
+from ..nn.sliced import record_of, resize
 from .tensors import held
 
 VISION = "gossamer.data.vision"
@@ -62,7 +63,8 @@ def _describe_transformers(model: nn.Module) -> dict[str, Any] | None:
         "attention": getattr(config, "_attn_implementation", None),
         "generation": json.loads(generation.to_json_string(use_diff=False)) if generation is not None else None,
     }
-    return record
+    sliced = record_of(model)
+    return record if sliced is None else {**record, "sliced": sliced}
 
 
 def _build_transformers(record: Mapping[str, Any]) -> nn.Module:
@@ -74,6 +76,8 @@ def _build_transformers(record: Mapping[str, Any]) -> nn.Module:
         config._attn_implementation = record["attention"]
     with torch.device("meta"):
         model = cls(config)
+    if record.get("sliced"):
+        resize(model, record["sliced"])
     if record.get("generation") and getattr(model, "generation_config", None) is not None:
         model.generation_config = transformers.GenerationConfig.from_dict(dict(record["generation"]))
     return model

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..attach.calibrate import Batch
-from ..attach.journal import Journal, digest
+from ..attach.journal import Journal, data_digest
 from ..attach.spread import tries_out
 from ..attach.statistics import without_statistics
 from ..attach.targets import Found, find
@@ -123,7 +122,7 @@ def prune(
     run_of = {
         "options": {k: repr(v) for k, v in sorted(options.items())},
         "sequential": order,
-        "data": _data_digest(data),
+        "data": data_digest(data),
     }
     journal = Journal(workdir, _identity(model, found, sparsifier, per_layer) | run_of) if workdir is not None else None
     run = Run(model, found.targets, per_layer, journal, offload, progress)
@@ -209,18 +208,6 @@ def _check_fit(model: nn.Module, found: Found, sparsifier: Sparsifier) -> None:
             f"{len(problems)} of {len(found.targets)} layers do not fit; pass skip= to leave them dense:\n  "
             + "\n  ".join(problems[:20])
         )
-
-
-def _data_digest(data: Sequence[Batch] | None) -> str:
-    """One checksum over all tensors of all batches, in order."""
-    total = hashlib.sha256()
-    for batch in data or ():
-        parts = (
-            batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else (batch,)
-        )
-        for part in parts:
-            total.update(digest(part).encode() if isinstance(part, Tensor) else repr(part).encode())
-    return total.hexdigest()
 
 
 def _words(sparsifier: Sparsifier) -> str:

@@ -21,6 +21,7 @@ from gossamer.kernels.cpu.memory import floats, large_pages
 from gossamer.kernels.cpu.tiledecode import TileProduct
 from gossamer.kernels.cpu.trial import need_kernels
 from gossamer.nn import PackedLinear
+from gossamer.nn.sliced import is_sliced
 
 # What a token needs beside its weights: (kernel, addresses), laid out once.
 Calls = list[tuple[Launch, tuple[int, ...]]]
@@ -304,6 +305,7 @@ def _served(model: nn.Module) -> Any:
         (config.hidden_act != "silu", f"gates with {config.hidden_act}; the decoder has silu"),
         (weight.dtype not in (torch.float32, torch.bfloat16), f"{weight.dtype}; cast it to float32 or bfloat16"),
         (weight.device.type != "cpu", f"weights on {weight.device}; move the model to the CPU"),
+        (is_sliced(model), "a sliced residual stream (gossamer.slice); call the model itself"),
         (config.attention_bias or config.mlp_bias, "biases in its attention or gated layers"),
         (config.rope_parameters["rope_type"] == "dynamic", "dynamic rotary scaling"),
     ]

@@ -27,6 +27,7 @@ PAGES = (
     "guide/save.md",
     "guide/scores.md",
     "guide/shrink-schedules.md",
+    "guide/slicing.md",
     "guide/sweeps.md",
     "guide/training.md",
     "guide/types.md",

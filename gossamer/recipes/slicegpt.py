@@ -1,0 +1,272 @@
+"""slice: delete rows and columns of a transformer's weights where its residual stream carries least. It stays dense.
+
+Shape suffixes: N tokens, D the stream's own width, W its width after slicing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..attach.calibrate import Arrival, Batch, stream
+from ..attach.journal import Journal, data_digest
+from ..core.errors import BudgetError, CalibrationError, NonFiniteError, TargetError
+from ..core.sparsifier import require_finite
+from ..nn.sliced import close_joints, is_sliced, linear_weight, norm_width
+from ..nn.streams import Stack, stack_of
+from .pruning import Progress
+from .turns import Site, enter, principal, settle, sites_of
+
+MULTIPLE = 8  # of widths: what vector units and GPUs like, and the official code's default
+
+
+@dataclass(frozen=True)
+class Turned:
+    """The stream at one place.
+
+    Args:
+        name: the place: before the first block, or behind one half of a block.
+        width: columns kept.
+        energy: fraction of the calibration tokens' Σ x² that they hold.
+        seconds: statistics and eigenvectors.
+        resumed: taken from an earlier run's journal.
+    """
+
+    name: str
+    width: int
+    energy: float
+    seconds: float
+    resumed: bool = False
+
+
+@dataclass(frozen=True)
+class SliceReport:
+    """What `slice` did.
+
+    Args:
+        width_before: of the residual stream.
+        width: the same now.
+        places: where the stream was turned and cut.
+        parameters_before, parameters: of the whole model, tied ones once.
+        products_before, products: multiplications per token in the linear layers.
+        tokens: real tokens that it was calibrated with.
+    """
+
+    width_before: int
+    width: int
+    places: tuple[Turned, ...]
+    parameters_before: int
+    parameters: int
+    products_before: int
+    products: int
+    tokens: int
+    seconds: float
+
+    @property
+    def keep(self) -> float:
+        """Fraction of the stream's columns kept."""
+        return self.width / self.width_before
+
+    @property
+    def resumed(self) -> int:
+        """Places taken over from an earlier run."""
+        return sum(p.resumed for p in self.places)
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON-ready."""
+        return {**asdict(self), "keep": self.keep, "resumed": self.resumed}
+
+
+def slice(
+    model: nn.Module,
+    *,
+    keep: float = 0.75,
+    data: Iterable[Batch],
+    workdir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> SliceReport:
+    """Make a transformer narrower, in place: a smaller dense model that runs faster wherever the dense one ran.
+
+    RMSNorm does not notice a rotation of its input, so the residual stream may have another orthogonal basis Q in
+    every half of a block: readers become W diag(g) Q, writers Qᵀ W, and a matrix Q_beforeᵀ Q_after joins the residual
+    path. With the principal axes of the calibration tokens as Q, the last columns carry least; they are deleted from
+    every weight. LayerNorm is RMSNorm of a stream without its mean, which the writers leave out instead.
+
+    Each place sees the signals of the model that is already sliced before it. The last half writes the stream's own
+    basis and width again, so that the final norm and the head stay as they are, tied or not. Where a table of
+    embeddings is tied to the head, or the model looks at its width, it stays too and one small layer leads from it
+    into the first block; otherwise it is cut as well.
+
+    Args:
+        model: of transformers, Llama, Mistral, Qwen2, Qwen3, SmolLM3, Gemma, Phi-3, Starcoder2, OPT or GPT-2 blocks,
+            whatever its head; `gossamer.save` and `load` know its new shapes.
+        keep: fraction of the stream's columns to keep, above 0 and up to 1; the width is rounded down to a multiple of
+            8. At 1 the model is rotated and computes what it did before. The shortcuts cost W² each, so that little is
+            won above 0.85.
+        data: calibration batches, as for `prune`; more tokens than the stream has columns.
+        workdir: keep the bases found here; a run that was killed goes on with them (its forward passes run again).
+        progress: called with (place, done, total).
+
+    Returns:
+        A report; the model itself is changed. If an error ends the run, the model is sliced as far as it got, and runs.
+
+    Raises:
+        TargetError: the model's blocks cannot be sliced, or hold masks or adapters; the message says what is missing.
+        BudgetError: keep lies outside (0, 1] or leaves fewer than 8 columns.
+        CalibrationError: there are no more tokens than columns, or the model fails on them.
+        NonFiniteError: a weight or the stream is NaN or infinite; the place is named.
+
+    Example:
+        >>> report = slice(model, keep=0.75, data=batches)  # doctest: +SKIP
+
+    Reference: Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and Columns",
+        arXiv:2401.15024.
+
+    Departs from the official code: ε is the model's own (there 1e-5); embeddings lose their mean before LayerNorm
+    only (there before RMSNorm too, which changes the model); a tied head stays tied (there it is untied, which adds
+    a table); no random rotation after the principal axes; the damping of the Gram matrix, which moves no eigenvector,
+    is left out.
+    """
+    began = time.perf_counter()
+    if is_sliced(model):
+        raise TargetError("the model is sliced already; load the dense one to slice it otherwise")
+    stack, batches = stack_of(model), list(data)
+    before = _parameters(model), _products(model)
+    wide = _width(stack)
+    width = _kept(wide, keep)
+    _check(model, batches)
+    journal = Journal(workdir, _identity(model, stack, width, batches)) if workdir is not None else None
+    run = _Run(model, stack, width, journal, progress)
+    run.go(batches)
+    return SliceReport(
+        wide,
+        width,
+        tuple(run.places),
+        before[0],
+        _parameters(model),
+        before[1],
+        _products(model),
+        run.tokens,
+        time.perf_counter() - began,
+    )
+
+
+def _width(stack: Stack) -> int:
+    return norm_width(stack.blocks[0].get_submodule(stack.family.halves[0].norm)) if stack.blocks else 0
+
+
+def _kept(wide: int, keep: float) -> int:
+    """keep · D, rounded down to a multiple of 8; D itself for keep = 1."""
+    if not 0 < keep <= 1:
+        raise BudgetError(f"keep is the fraction of columns to keep, above 0 and up to 1; got {keep}")
+    if keep == 1:
+        return wide
+    width = math.floor(keep * wide) // MULTIPLE * MULTIPLE
+    if not width:
+        raise BudgetError(
+            f"keep={keep} leaves fewer than {MULTIPLE} of {wide} columns; keep at least {MULTIPLE / wide:.3f}"
+        )
+    return width
+
+
+def _check(model: nn.Module, batches: list[Batch]) -> None:
+    if not batches:
+        raise CalibrationError("slice finds the axes that matter from data; pass data= (calibration batches)")
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            raise TargetError(f"parameter {name!r} is on the meta device and has no values; load the weights first")
+        require_finite(p.detach(), f"parameter {name!r}")
+
+
+def _identity(model: nn.Module, stack: Stack, width: int, batches: list[Batch]) -> dict[str, object]:
+    what = {"method": "slicegpt", "model": type(model).__name__, "blocks": len(stack.blocks), "width": width}
+    return {**what, "data": data_digest(batches)}
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _products(model: nn.Module) -> int:
+    layers = (m for m in model.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")
+    return sum(linear_weight(m).numel() for m in layers)
+
+
+class _Run:
+    """One call of `slice`: from place to place along the stream."""
+
+    def __init__(
+        self, model: nn.Module, stack: Stack, width: int, journal: Journal | None, progress: Progress | None
+    ) -> None:
+        self.model, self.stack, self.width = model, stack, width
+        self.journal, self.progress = journal, progress
+        self.tables = stack.tables(model)
+        self.places: list[Turned] = []
+        self.tokens = 0
+
+    def go(self, batches: list[Batch]) -> None:
+        """Stream all batches; whatever happens, no turn is left in the model."""
+        sites = sites_of(self.stack)
+        by_name = {site.target.name: site for site in sites}
+        self.open, self.total = list(sites), len(sites)
+        try:
+            stream(self.model, batches, [s.target for s in sites], lambda a: self._visit(by_name[a.target.name], a))
+        finally:
+            for site in self.open:
+                settle(site, self.tables)
+            if not self.places:
+                close_joints(self.stack)
+
+    @torch.no_grad()
+    def _visit(self, site: Site, arrival: Arrival) -> None:
+        began = time.perf_counter()
+        while self.open[0] is not site:
+            settle(self.open.pop(0), self.tables)
+        values_D, q_DW, resumed = self._basis(site, arrival)
+        enter(site, self.stack.family, q_DW)
+        energy = float(values_D[: self.width].sum() / values_D.sum().clamp_min(1e-300))
+        name = site.target.name.removesuffix(".turn")
+        self.places.append(Turned(name, self.width, energy, time.perf_counter() - began, resumed))
+        if self.progress is not None:
+            self.progress(name, len(self.places), self.total)
+
+    def _basis(self, site: Site, arrival: Arrival) -> tuple[Tensor, Tensor, bool]:
+        name = site.target.name
+        self.tokens = sum(x.shape[:-1].numel() if m is None else int(m.sum()) for x, m in _pairs(arrival))
+        if self.journal is not None and self.journal.finished(name):
+            q_DW = self.journal.read(name, site.stamp)
+            return self.journal.mapped(name, kind="spectrum"), q_DW, True
+        values_D, q_DW = principal(self._gram(site, arrival), self.width)
+        if self.journal is not None:
+            self.journal.write(name, values_D, kind="spectrum")
+            self.journal.write(name, q_DW, of=site.stamp)
+        return values_D, q_DW, False
+
+    def _gram(self, site: Site, arrival: Arrival) -> Tensor:
+        """Σ x xᵀ over real tokens, in float64."""
+        wide = arrival.inputs[0].shape[-1]
+        if self.tokens <= wide:
+            raise CalibrationError(
+                f"{self.tokens} calibration tokens do not tell which of {wide} columns matter; give more than {wide}"
+            )
+        gram_DD = torch.zeros(wide, wide, dtype=torch.float64, device=arrival.inputs[0].device)
+        for x, mask in _pairs(arrival):
+            x_ND = site.turn.centre(x.reshape(-1, wide).double())
+            x_ND = x_ND if mask is None else x_ND[mask.to(x.device)]
+            gram_DD.addmm_(x_ND.t(), x_ND)
+        if not bool(gram_DD.isfinite().all()):
+            raise NonFiniteError(
+                f"the residual stream at {site.target.name!r} is NaN or infinite; check the calibration data, or run "
+                "the model in float32"
+            )
+        return gram_DD
+
+
+def _pairs(arrival: Arrival) -> list[tuple[Tensor, Tensor | None]]:
+    return list(zip(arrival.inputs, arrival.masks))
