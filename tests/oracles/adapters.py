@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 
 # What a method needs besides its defaults on models this small.
-OPTIONS: dict[str, dict[str, object]] = {"lora": {"rank": 2}, "s2ft": {"density": 0.25}}
+OPTIONS: dict[str, dict[str, object]] = {
+    "lora": {"rank": 2},
+    "pst": {"total_steps": 4, "density": 0.5, "rank": 1},
+    "s2ft": {"density": 0.25},
+    "sara": {"threshold": 0.1, "again": 2},
+}
 
 
 class Block(nn.Module):
