@@ -72,11 +72,11 @@ def refuse_other_supports(supports: Mapping[str, Support], shapes: Mapping[str, 
             )
 
 
-def refuse_other_state(state: Mapping[str, object], sparsifier: Sparsifier) -> None:
-    """Raise unless a state is that of a handle with this method.
+def refuse_other_state(state: Mapping[str, object], sparsifier: Sparsifier, backend: str) -> None:
+    """Raise unless a state is that of a handle with this method and backend.
 
     Raises:
-        FileDamaged: the state is not a handle's, or another method's.
+        FileDamaged: the state is not a handle's, or another method's or backend's.
     """
     missing = {"method", "steps", "waiting", "grown", "moved", "positions", "spent"} - set(state)
     if missing:
@@ -86,6 +86,11 @@ def refuse_other_state(state: Mapping[str, object], sparsifier: Sparsifier) -> N
     if state["method"] != sparsifier.name:
         raise FileDamaged(
             f"this state is of method {state['method']!r}, the handle's is {sparsifier.name!r}; attach it"
+        )
+    if state.get("backend", backend) != backend:
+        raise FileDamaged(
+            f"this state is of backend={state['backend']!r}, the handle has backend={backend!r}, which stores weights "
+            "another way; attach with the former"
         )
 
 

@@ -46,6 +46,8 @@ class Handle(Account):
         start: the first supports, outputs first, where they are chosen already (see `first_supports`).
     """
 
+    backend = "masked"
+
     def __init__(
         self,
         model: nn.Module,
@@ -187,6 +189,7 @@ class Handle(Account):
         """What the states of model (weights, masks) and optimizer do not hold: where the policy stands, and counts."""
         return {
             "method": self.sparsifier.name,
+            "backend": self.backend,
             "steps": self.steps,
             "waiting": self._waiting,
             **self._tally.state_dict(),
@@ -197,9 +200,9 @@ class Handle(Account):
         """Go on from `state_dict()`; load the model's and optimizer's states as well.
 
         Raises:
-            FileDamaged: the state is not a handle's, or another method's.
+            FileDamaged: the state is not a handle's, or another method's or backend's.
         """
-        refuse_other_state(state, self.sparsifier)
+        refuse_other_state(state, self.sparsifier, self.backend)
         self.steps, self._waiting = int(state["steps"]), bool(state["waiting"])  # type: ignore[call-overload]
         self._tally.load_state_dict(state)
         self._meter.load_state_dict(state)

@@ -44,6 +44,8 @@ class SparseHandle(Handle):
     is dZᵀX, computed in the steps that move links by it, and only there is anything of size [M, K] made.
     """
 
+    backend = "sparse"
+
     def _hold(self, target: Target) -> None:
         linear = target.module(self.model)
         layer = SparseLinear.from_dense(linear, torch.ones_like(linear.weight, dtype=torch.bool))

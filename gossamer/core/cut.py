@@ -118,7 +118,7 @@ def _joined(w: Tensor, kept: Tensor) -> Tensor:
     y = torch.empty_like(w)
     if _served("cut", w, kept, y):
         return y
-    return torch.bitwise_and(w.view(_WORDS[w.dtype]), _bits(kept)).view(w.dtype)
+    return torch.bitwise_and(w.resolve_neg().view(_WORDS[w.dtype]), _bits(kept)).view(w.dtype)
 
 
 class _Cut(torch.autograd.Function):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attach.adapted import Adapted
+from ..attach.recurrent import RECURRENT
 from ..attach.targets import _is_conv1d
 from ..core.errors import FormatError, TargetError
 from ..core.sparsifier import require_finite
@@ -88,6 +89,8 @@ def find_layers(model: nn.Module, examples: Sequence[Example]) -> tuple[tuple[La
     able, skipped = {}, []
     shared = _shared(model)
     for name, module in model.named_modules():
+        if isinstance(module, RECURRENT):
+            skipped.append((name, f"{type(module).__name__}: recurrent layers have no packed kernel; they run dense"))
         if not (isinstance(module, (nn.Linear, *CONVOLUTIONS)) or _is_conv1d(module)):
             continue
         reason = _refusal(name, module, shared)

@@ -15,7 +15,7 @@ from ..core.files import locked
 from ..data.tasks import task
 from ..recipes.grid import RUNS, Job, grid
 from ..recipes.train import Progress, refuse_other, train
-from ..recipes.trained import RUN, TrainedRun, read_trained
+from ..recipes.trained import RUN, read_trained
 from ..report.sweep import Sweep, Trial, collected, write_sweep
 from .pace import Pace, Status
 from .ray_workers import Done, on_ray
@@ -113,10 +113,11 @@ def here(jobs: Sequence[Job], run: Callable[..., Done], pace: Pace) -> Generator
 def gathered(jobs: Sequence[Job], folder: Path, failures: Mapping[str, str]) -> Sweep:
     """Read what is finished, and say what is not."""
     read = {j.name: read_trained(folder / RUNS / j.name) for j in jobs if (folder / RUNS / j.name / RUN).exists()}
-    trials = [Trial(j.label, j.density, read[j.name], _first(j, read)) for j in jobs if j.label and j.name in read]
-    missing = [j.name for j in jobs if j.name not in read and j.name not in failures]
+    there = {j.name for j in jobs if j.name in read and (not j.after or j.after in read)}  # both parts are charged
+    trials = [
+        Trial(j.label, j.density, read[j.name], read[j.after] if j.after else None)
+        for j in jobs
+        if j.label and j.name in there
+    ]
+    missing = [j.name for j in jobs if j.name not in there and j.name not in failures]
     return collected(trials, failures, missing)
-
-
-def _first(job: Job, read: Mapping[str, TrainedRun]) -> TrainedRun | None:
-    return read[job.after] if job.after else None

@@ -249,6 +249,20 @@ class ThreeOfWhichTwoRun(nn.Module):
         return self.b(self.a(x))
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cells, self.out = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.out(self.cells(x)[0])
+
+
+def test_recurrent_layers_are_listed_as_dense():
+    packed = gossamer.pack(prune(Recurrent()), torch.randn(2, 4, 8), candidates=["csr"], repeats=1)
+    assert "recurrent layers have no packed kernel" in dict(report_of(packed).skipped)["cells"]
+
+
 def test_tied_hooked_and_unreached_layers_are_left_with_a_reason():
     packed = gossamer.pack(prune(llama(tied=True)), tokens(1, 8), candidates=["csr"], repeats=1)
     reasons = dict(report_of(packed).skipped)

@@ -10,7 +10,7 @@ from torch import nn
 
 import gossamer
 from gossamer.core import Pattern, get_method
-from gossamer.core.errors import TargetError, UnknownName
+from gossamer.core.errors import FileDamaged, TargetError, UnknownName
 from gossamer.nn import SparseLinear
 
 MAKERS = {
@@ -104,6 +104,15 @@ def test_resuming_is_exact(method, tmp_path):
     for a, b in zip(whole[0].state_dict().values(), again[0].state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert whole[2].report() == again[2].report()
+
+
+def test_a_state_of_the_other_backend_is_refused():
+    masked, sparse = start("set", "masked")[2], start("set", "sparse")[2]
+    for handle, state in ((masked, sparse.state_dict()), (sparse, masked.state_dict())):
+        with pytest.raises(FileDamaged, match="stores weights another way"):
+            handle.load_state_dict(state)
+    earlier = {k: v for k, v in masked.state_dict().items() if k != "backend"}  # states did not say so once
+    masked.load_state_dict(earlier)
 
 
 def test_removing_gives_linear_layers_back_that_train_on_as_masked_ones_would():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import scipy.stats
 from gossamer.core.errors import GossamerError, MissingDependency, TargetError, UnknownName
 from gossamer.data.tasks import task
 from gossamer.integrations import sweep
+from gossamer.integrations.sweeps import gathered
 from gossamer.recipes.grid import grid
 from gossamer.recipes.trained import read_trained
 from gossamer.report.sweep import HEADS, Interval, T
@@ -140,6 +142,10 @@ def test_a_stopped_sweep_repeats_nothing_and_ends_the_same(tmp_path):
     assert all(p.stat().st_mtime_ns == then for p, then in held.items())
     whole = sweep(SMALL, tmp_path / "b", workers=1)
     assert [r.values for r in again.rows] == [r.values for r in whole.rows]
+    first = next((tmp_path / "b" / "runs" / "teacher").glob("first-*-seed0"))
+    shutil.rmtree(first)  # what starts from it has lost a part of its cost, so it is in no row
+    lost = gathered(grid(SMALL, tmp_path / "b", task), tmp_path / "b", {})
+    assert {len(r.values) for r in lost.rows if r.method == "one shot"} == {1} and len(lost.missing) == 3
     more = sweep({**SMALL, "seeds": 3}, tmp_path / "a", workers=1)
     assert [len(r.values) for r in more.rows] == [3] * 5
     assert all(p.stat().st_mtime_ns == then for p, then in held.items())

@@ -85,6 +85,12 @@ def test_what_it_cannot_read_is_left_alone(turn):
     assert not cut_by_kernel("clear", x, kept, x) and torch.equal(x.nan_to_num(), before.nan_to_num())
 
 
+def test_minus_signs_that_stand_beside_the_memory_are_not_overlooked():
+    x, kept = torch._neg_view(torch.ones(100)), torch.arange(100) % 2 == 0
+    assert not cut_by_kernel("cut", x, kept, torch.empty(100))
+    assert torch.equal(cut(x, kept), -kept.float())
+
+
 @pytest.mark.parametrize("other", [torch.int32, torch.float32, torch.uint8])
 def test_only_a_mask_of_bools_is_read(other):
     x, kept = drawn(100, 0)

@@ -13,7 +13,8 @@ def prepare(task, threads):
 
     @torch.no_grad()
     def again():
-        cache.crop(len(task.ids_S) - 1)
-        return model(task.ids_S[None, -1:], past_key_values=cache, use_cache=True).logits[0, -1].float()
+        logits = model(task.ids_S[None, -1:], past_key_values=cache, use_cache=True).logits[0, -1].float()
+        cache.crop(-1)  # the token just read goes, so that the next call reads it after the same ones
+        return logits
 
     return again

@@ -46,9 +46,9 @@ def _unreadable(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shap
 
 
 def lies_flat(tensor: Tensor) -> bool:
-    """Whether a tensor is one piece of memory in the order of its axes."""
-    # A sparse tensor has no answer to is_contiguous.
-    return tensor.layout is torch.strided and tensor.is_contiguous()
+    """Whether a tensor is one piece of memory in the order of its axes, and its values are what stands there."""
+    # A sparse tensor has no answer to is_contiguous; torch keeps some minus signs beside the memory.
+    return tensor.layout is torch.strided and tensor.is_contiguous() and not tensor.is_neg()
 
 
 def need_counts(**counts: int) -> None:
