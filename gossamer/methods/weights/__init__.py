@@ -1,6 +1,7 @@
 """Methods that make weights sparse: one paper, one file."""
 
 from . import (
+    alps,
     bdwp,
     decaying_mask,
     decaying_structure,
@@ -31,6 +32,7 @@ from . import (
 )
 
 __all__ = [
+    "alps",
     "bdwp",
     "decaying_mask",
     "decaying_structure",
