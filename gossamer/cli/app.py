@@ -17,6 +17,7 @@ from .pack import pack
 from .prune import prune
 from .report import report
 from .screen import err
+from .slice import slice
 from .sweep import sweep
 from .train import train
 from .warmup import warmup
@@ -31,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (demo, prune, pack, train, sweep, bench, report, methods, warmup):
+for command in (demo, prune, slice, pack, train, sweep, bench, report, methods, warmup):
     app.command(epilog=EPILOG)(command)
 app.add_typer(assets.app, name="assets")
 app.add_typer(cache.app, name="cache")

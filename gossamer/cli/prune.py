@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ..core.errors import CalibrationError, FileDamaged, GossamerError, TargetError
-from ..core.files import whole_file, whole_folder
+from ..core.errors import CalibrationError, GossamerError
+from ..core.files import whole_folder
 from . import recipe as recipes
-from .screen import Json, bar, emit, err, waiting
+from .folders import WORK, check_out, claim, clear
+from .screen import Json, bar, emit, waiting
 from .stages import stages
 
 if TYPE_CHECKING:
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
     from .models import Loaded
     from .recipe import Recipe
 
-REPORT, REQUEST = "gossamer-prune.json", "request.json"
-WORK = ".work"
+REPORT = "gossamer-prune.json"
 
 
 def prune(
@@ -78,7 +78,7 @@ def prune(
 
         job(asked, more, sparsifier, overwrite=overwrite, as_json=as_json)
         return
-    _check_out(Path(asked.out), overwrite)
+    check_out(Path(asked.out), overwrite)
     report, resumed = run(asked, sparsifier)
     emit(as_json, _record(asked, report, resumed), *(() if as_json else _summary(asked, report, resumed)))
 
@@ -125,33 +125,13 @@ def _reads(asked: Recipe, sparsifier: Sparsifier) -> bool:
     return bool(sparsifier.needs) or asked.allocation in MEASURED
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise TargetError(f"{out} is a file; give a folder to write to")
-    held = {p.name for p in out.iterdir()} - {WORK} if out.is_dir() else set()
-    if held and not _ours(held):
-        raise GossamerError(
-            f"{out} holds files that gossamer did not write ({', '.join(sorted(held)[:3])} ...), and --overwrite would "
-            "delete them; choose another folder"
-        )
-    if held and not overwrite:
-        raise TargetError(f"{out} holds an earlier result; take another folder, or --overwrite")
-
-
-def _ours(held: set[str]) -> bool:
-    """Each result of `prune` holds its report, and each `save` its record: a folder with neither is someone's own."""
-    from .models import RECORD
-
-    return bool(held & {REPORT, RECORD})
-
-
 def run(asked: Recipe, sparsifier: Sparsifier) -> tuple[PruneReport, int]:
     """Load, prune and save; the report, and how many layers an earlier run had finished."""
     from ..recipes.prune import prune as prune_model
     from . import calibration, models
 
     workdir = Path(str(asked.workdir))
-    _claim(workdir, asked)
+    claim(workdir, asked.job)
     with waiting(f"loading {asked.model}"):
         loaded = models.load(asked.model)
         how = {"samples": asked.samples, "length": asked.length, "batch": asked.batch, "seed": asked.seed}
@@ -172,35 +152,8 @@ def run(asked: Recipe, sparsifier: Sparsifier) -> tuple[PruneReport, int]:
     resumed = sum(layer.resumed for layer in report.layers)
     with waiting(f"writing {asked.out}"):
         _save(loaded, Path(asked.out), _record(asked, report, resumed))
-    _clear(workdir)
+    clear(workdir)
     return report, resumed
-
-
-def _claim(workdir: Path, asked: Recipe) -> None:
-    """Finished layers belong to one job: another model, method or data must not take them over."""
-    job, file = json.loads(json.dumps(asked.job)), workdir / REQUEST
-    if not file.exists():
-        with whole_file(file) as draft:
-            draft.write_text(json.dumps(job, indent=1))
-        return
-    held = _earlier(file)
-    for key in job:
-        if held.get(key) != job[key]:
-            raise TargetError(
-                f"{workdir} holds an unfinished run with {key} = {held.get(key)!r}, now it is {job[key]!r}; "
-                "delete that folder to start anew, or give the same command to go on"
-            )
-    err().print(f"Going on with the unfinished run in {workdir}.")
-
-
-def _earlier(file: Path) -> dict[str, object]:
-    try:
-        held = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise FileDamaged(f"{file} cannot be read ({error}); delete {file.parent} to start anew") from error
-    if not isinstance(held, dict):
-        raise FileDamaged(f"{file} holds no record of a run; delete {file.parent} to start anew")
-    return held
 
 
 def _save(loaded: Loaded, out: Path, record: dict[str, object]) -> None:
@@ -217,16 +170,6 @@ def _save(loaded: Loaded, out: Path, record: dict[str, object]) -> None:
         else:
             save(loaded.model, draft)
         (draft / REPORT).write_text(json.dumps(record, indent=1))
-
-
-def _clear(workdir: Path) -> None:
-    """Remove our own files only: the user may have named a folder that holds more."""
-    if not workdir.is_dir():
-        return
-    for file in (*workdir.glob("*.safetensors"), workdir / "journal.json", workdir / REQUEST):
-        file.unlink(missing_ok=True)
-    if not any(workdir.iterdir()):
-        workdir.rmdir()
 
 
 def _record(asked: Recipe, report: PruneReport, resumed: int) -> dict[str, object]:
