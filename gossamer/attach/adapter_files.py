@@ -125,7 +125,7 @@ def _built(record: Mapping, tensors: Mapping[str, Tensor], at: str) -> Delta:
     parts = {part: tensors[f"{at}.{part}"] for part in record["tensors"]}
     steps = parts.pop("steps")
     delta = kind(record["kind"])(**parts, **record["constants"])
-    delta.steps.copy_(steps)
+    delta.load_state_dict({"steps": steps}, strict=False)
     delta.keep_zeros = record["keep_zeros"]
     return delta
 

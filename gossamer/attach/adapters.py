@@ -67,11 +67,15 @@ class Adapters:
         """How many numbers learn."""
         return sum(p.numel() for p in self.parameters())
 
-    def step(self) -> None:
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """After `optimizer.step()`: adapters that move do so; for others this only counts.
 
+        Args:
+            optimizer: the one that stepped, for methods that go by its learning rate or restart its momenta.
+
         Raises:
-            TargetError: the adapters are merged, so that what was trained had no effect; unmerge first.
+            TargetError: the adapters are merged, so that what was trained had no effect; unmerge first. Or a method in
+                use needs the optimizer.
         """
         self._refuse_merged("training goes on")
         for _, layer in self._once():
@@ -79,6 +83,9 @@ class Adapters:
                 layer.deltas[name].steps += 1
                 with torch.no_grad():
                     layer.deltas[name].advance(turned(layer, layer.weight))
+        held = self.deltas()
+        for own in dict.fromkeys(type(delta) for delta in held.values()):
+            own.settle({at: delta for at, delta in held.items() if type(delta) is own}, optimizer)
 
     def penalty(self) -> Tensor:
         """What the methods in use add to the loss; 0 for those that add nothing."""

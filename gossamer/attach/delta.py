@@ -9,7 +9,7 @@ Shape suffixes: O outputs, I inputs, R rank, B positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -54,6 +54,15 @@ class Delta(nn.Module):
 
     def advance(self, w: Tensor) -> None:
         """What moves after an optimizer's step of the frozen weight w's change; `steps` counts it already."""
+
+    @classmethod
+    def settle(cls, deltas: Mapping[str, Delta], optimizer: torch.optim.Optimizer | None) -> None:
+        """What deltas of this kind do together once all have advanced, by layer and adapter; for learning rates and
+        momenta there is the optimizer, if `step` was given it.
+
+        Raises:
+            TargetError: the kind needs the optimizer, and there is none.
+        """
 
     def penalty(self, w: Tensor) -> Tensor | None:
         """What the method adds to the loss for this weight."""

@@ -44,7 +44,7 @@ def _callback() -> type[Any]:
             if penalty.requires_grad:
                 penalty.backward()
 
-        def on_optimizer_step(self, args, state, control, **_):
-            self.adapters.step()
+        def on_optimizer_step(self, args, state, control, optimizer=None, **_):
+            self.adapters.step(optimizer)
 
     return AdapterCallback

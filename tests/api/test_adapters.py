@@ -17,6 +17,7 @@ from gossamer.core.errors import FileDamaged, TargetError, UnknownName
 from tests.oracles.adapters import OPTIONS, Block, batch, blocks, train
 
 METHODS = tuple(methods(site="delta"))
+NEARLY = ("sparse_spectral",)  # a weight is not bit for bit the product of its factors
 every = pytest.mark.parametrize("method", METHODS)
 
 
@@ -37,7 +38,8 @@ def test_every_method_is_documented(method):
 @every
 def test_nothing_changes_before_the_first_step(method):
     model, _ = adapted(method)
-    assert (model(batch(model)) == blocks()(batch(model))).all()
+    exact = 0 if method not in NEARLY else 1e-5
+    torch.testing.assert_close(model(batch(model)), blocks()(batch(model)), atol=exact, rtol=exact)
 
 
 @every
@@ -117,7 +119,7 @@ def test_autocast_and_compiled_graphs(method):
     y.sum().backward()
     assert y.dtype == torch.bfloat16 or y.dtype == torch.float32
     torch.testing.assert_close(y.float(), model(batch(model)), atol=0.1, rtol=0.1)
-    gradients = [p.grad.clone() for p in adapters.parameters()]
+    gradients = [p.grad.clone() for p in adapters.parameters() if p.grad is not None]  # some take turns
     assert all(g.isfinite().all() for g in gradients) and any(g.any() for g in gradients)
     for p in adapters.parameters():
         p.grad = None

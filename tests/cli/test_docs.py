@@ -35,7 +35,14 @@ PAGES = (
 # Sessions at a prompt, with what they print: tests/laws/test_examples.py runs these (methods.md is
 # made of docstrings). Code that needs assets or minutes
 # is marked `py` in the pages and is not run.
-PROMPTS = ("methods.md", "guide/budgets.md", "guide/methods.md", "guide/patterns.md", "guide/supports.md")
+PROMPTS = (
+    "methods.md",
+    "guide/budgets.md",
+    "guide/methods.md",
+    "guide/patterns.md",
+    "guide/penalties.md",
+    "guide/supports.md",
+)
 
 
 # The pages show that times are remembered: in the folder they run in, with the user's compiled kernels.

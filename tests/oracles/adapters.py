@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 # What a method needs besides its defaults on models this small.
 OPTIONS: dict[str, dict[str, object]] = {
+    "gs_lora": {"rank": 2, "strength": 0.1},
+    "loca": {"coefficients": 9},
     "lora": {"rank": 2},
     "pst": {"total_steps": 4, "density": 0.5, "rank": 1},
     "s2ft": {"density": 0.25},
     "sara": {"threshold": 0.1, "again": 2},
+    "sparse_spectral": {"rank": 2, "every": 2},
 }
 
 
@@ -37,11 +40,11 @@ def batch(model: nn.Module) -> Tensor:
     return x.to(next(model.parameters()).dtype)
 
 
-def train(model: nn.Module, parameters: Iterable[Tensor], *, steps: int = 3, after=lambda: None) -> None:
+def train(model: nn.Module, parameters: Iterable[Tensor], *, steps: int = 3, after=lambda optimizer: None) -> None:
     """A few large steps, so that every number that learns moves."""
     optimizer = torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.0)
     for _ in range(steps):
         (model(batch(model)).float() - 1).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        after()
+        after(optimizer)
