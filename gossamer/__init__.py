@@ -27,6 +27,8 @@ _HOME = {
     "rearrange": "recipes.rearrange",
     "slice": "recipes.slicegpt",
     **dict.fromkeys(("load", "pack", "report_of", "save", "unpack"), "deploy"),
+    "save_pretrained": "integrations.pretrained",
+    "load_pretrained": "integrations.reading",
     **dict.fromkeys(("spgemm", "spgemm_plan"), "kernels.spgemm"),
 }
 
@@ -41,6 +43,7 @@ __all__ = [
     "get_method",
     "load",
     "load_adapter",
+    "load_pretrained",
     "method",
     "methods",
     "pack",
@@ -49,6 +52,7 @@ __all__ = [
     "rearrange",
     "report_of",
     "save",
+    "save_pretrained",
     "select",
     "slice",
     "spgemm",

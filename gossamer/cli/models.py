@@ -18,7 +18,7 @@ from ..core.errors import AssetError, FileDamaged, GossamerError, UnknownName, n
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RECORD = "gossamer.json"
+RECORD, SIDECAR = "gossamer.json", "gossamer-pretrained.json"
 PICTURE = (3, 224, 224)
 CAUSAL = ("ForCausalLM", "LMHeadModel")
 
@@ -85,6 +85,10 @@ def _from_folder(folder: Path) -> Loaded:
         from ..deploy import load as load_saved
 
         return Loaded(str(folder), load_saved(folder), _tokenizer(folder))
+    if (folder / SIDECAR).exists():
+        from ..integrations.reading import load_pretrained
+
+        return Loaded(str(folder), load_pretrained(folder, dense=True), _tokenizer(folder))
     if not (folder / "config.json").exists():
         raise FileDamaged(f"{folder} holds neither {RECORD} nor config.json; give the folder of a saved model")
     return _from_transformers(str(folder))

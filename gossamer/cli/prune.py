@@ -151,22 +151,21 @@ def run(asked: Recipe, sparsifier: Sparsifier) -> tuple[PruneReport, int]:
         )
     resumed = sum(layer.resumed for layer in report.layers)
     with waiting(f"writing {asked.out}"):
-        _save(loaded, Path(asked.out), _record(asked, report, resumed))
+        _save(loaded, Path(asked.out), report, _record(asked, report, resumed))
     clear(workdir)
     return report, resumed
 
 
-def _save(loaded: Loaded, out: Path, record: dict[str, object]) -> None:
+def _save(loaded: Loaded, out: Path, report: PruneReport, record: dict[str, object]) -> None:
     """All or nothing; the default work folder lies in `out` and goes when it is replaced."""
     from ..deploy import save
+    from ..integrations.pretrained import save_pretrained
     from .models import quiet
 
     with whole_folder(out) as draft:
         if hasattr(loaded.model, "save_pretrained"):
             with quiet():
-                loaded.model.save_pretrained(draft)
-            if loaded.tokenizer is not None:
-                loaded.tokenizer.save_pretrained(draft)
+                save_pretrained(loaded.model, draft, tokenizer=loaded.tokenizer, report=report)
         else:
             save(loaded.model, draft)
         (draft / REPORT).write_text(json.dumps(record, indent=1))

@@ -21,6 +21,7 @@ PAGES = (
     "guide/formats.md",
     "guide/kernels.md",
     "guide/machine.md",
+    "guide/neighbours.md",
     "guide/pack.md",
     "guide/recovery.md",
     "guide/runtime.md",
