@@ -33,7 +33,7 @@ TOP = {"integrations", "report", "cli", "demos", "__init__", "__main__"}
 # Each takes from a tenth of a second to several to import, or is optional.
 HEAVY = {
     "numba", "llvmlite", "transformers", "matplotlib", "jinja2", "onnxruntime", "openvino", "onnx", "sklearn", "scipy",
-    "PIL", "gguf", "tokenizers", "yaml", "triton", "lightning", "ray",
+    "PIL", "gguf", "tokenizers", "yaml", "triton", "lightning", "ray", "lm_eval", "datasets",
 }  # fmt: skip
 
 
