@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .streams import Family, Half, Stack, stack_of
-
-JOINTS = ("attention_joint", "feed_joint")
+from .families import Family
+from .streams import JOINTS, Place, Reading, Stack, stack_of
 
 
 class StreamNorm(nn.Module):
@@ -63,8 +62,12 @@ class _Sliced:
         named = {**dict(zip(self.family.positional, args)), **kwargs}
         x = hidden_states if self.entry is None else self.entry(hidden_states)
         for half, joint in zip(self.family.halves, JOINTS):
-            branch = half.run(self, self.get_submodule(half.norm)(x), named)
-            x = self.get_submodule(joint)(x, branch)
+            join = self.get_submodule(joint)
+            if self.family.post:
+                x = join(x, half.run(self, x, named))
+                x = self.get_submodule(half.norm)(x)  # looked up late: it may be replaced while a pass waits above
+            else:
+                x = join(x, half.run(self, self.get_submodule(half.norm)(x), named))
         return x
 
 
@@ -114,10 +117,12 @@ def put_linear(layer: nn.Module, w_OI: Tensor, bias_O: Tensor | None) -> None:
         setattr(layer, name, size)
 
 
-def shortcut(w_OI: Tensor, like: Tensor) -> nn.Linear:
-    """A linear layer without bias that holds these values, in the dtype of another tensor."""
-    layer = nn.Linear(w_OI.shape[1], w_OI.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(w_OI.to(like.device, like.dtype).contiguous(), requires_grad=like.requires_grad)
+def shortcut(w_OI: Tensor, like: Tensor, bias_O: Tensor | None = None) -> nn.Linear:
+    """A linear layer that holds these values, in the dtype of another tensor."""
+    layer = nn.Linear(w_OI.shape[1], w_OI.shape[0], bias=bias_O is not None, device="meta")
+    put_linear(layer, w_OI.to(like), None if bias_O is None else bias_O.to(like))
+    for p in layer.parameters():
+        p.data, p.requires_grad = p.data.to(like.dtype), like.requires_grad
     return layer
 
 
@@ -133,11 +138,12 @@ def norm_eps(norm: nn.Module) -> float:
     return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 
-def swap_norm(block: nn.Module, half: Half, width: int) -> None:
-    """Replace the norm before a half; its scale and bias have gone into the readers."""
-    owner, _, name = half.norm.rpartition(".")
-    norm = block.get_submodule(half.norm)
-    setattr(block.get_submodule(owner), name, StreamNorm(width, norm_eps(norm)))
+def swap_norm(place: Place, width: int) -> None:
+    """Replace a norm; its scale and bias have gone into those that read what it gives."""
+    block, name = place
+    owner, _, last = name.rpartition(".")
+    norm = block.get_submodule(name)
+    setattr(block.get_submodule(owner), last, StreamNorm(width, norm_eps(norm)))
 
 
 def record_of(model: nn.Module) -> dict[str, Any] | None:
@@ -145,9 +151,8 @@ def record_of(model: nn.Module) -> dict[str, Any] | None:
     if not is_sliced(model):
         return None
     stack = stack_of(model)
-    readers = [block.get_submodule(half.readers[0]) for block in stack.blocks for half in stack.family.halves]
-    last = stack.blocks[-1].get_submodule(stack.family.halves[-1].writer)
-    widths = [linear_weight(layer).shape[1] for layer in readers] + [linear_weight(last).shape[0]]
+    readings = stack.readings()
+    widths = [linear_weight(r.readers[0]).shape[1] for r in readings] + [linear_weight(readings[-1].writer).shape[0]]
     return {"stack": stack.name, "widths": widths, "entry": stack.blocks[0].entry is not None}
 
 
@@ -155,29 +160,34 @@ def resize(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
     """Give a dense model (usually on the meta device) the shapes of a sliced one, in place; values are not set."""
     stack, widths = stack_of(model), list(map(int, record["widths"]))
     open_joints(stack)
-    first = stack.blocks[0]
+    readings = stack.readings()
     if record["entry"]:
-        like = linear_weight(first.get_submodule(stack.family.halves[0].readers[0]))
-        first.entry = shortcut(like.new_empty(widths[0], like.shape[1]), like)
+        like = linear_weight(readings[0].readers[0])
+        stack.blocks[0].entry = shortcut(like.new_empty(widths[0], like.shape[1]), like)
     for table in () if record["entry"] else stack.tables(model):
         put_table(table, table.weight.new_empty(len(table.weight), widths[0]))
-    halves = [(block, half, joint) for block in stack.blocks for half, joint in zip(stack.family.halves, JOINTS)]
-    for (block, half, joint), (before, after) in zip(halves, itertools.pairwise(widths), strict=True):
-        _resize_half(block, half, joint, before, after)
+    for reading, (before, after) in zip(readings, itertools.pairwise(widths), strict=True):
+        _resize(reading, before, after, stack.family.post)
     return model
 
 
-def _resize_half(block: nn.Module, half: Half, joint: str, before: int, after: int) -> None:
-    norm = block.get_submodule(half.norm)
-    for layer in map(block.get_submodule, half.readers):
+def _resize(reading: Reading, before: int, after: int, post: bool) -> None:
+    norm = None if reading.norm is None else reading.norm[0].get_submodule(reading.norm[1])
+    shifted = getattr(norm, "bias", None) is not None
+    for layer in reading.readers:
         w_OI = linear_weight(layer)
-        has_bias = layer.bias is not None or getattr(norm, "bias", None) is not None
-        put_linear(layer, w_OI.new_empty(len(w_OI), before), w_OI.new_empty(len(w_OI)) if has_bias else None)
-    writer = block.get_submodule(half.writer)
+        put_linear(layer, *_empty(w_OI, len(w_OI), before, layer.bias is not None or shifted))
+    writer = reading.writer
     w_OI = linear_weight(writer)
-    put_linear(writer, w_OI.new_empty(after, w_OI.shape[1]), None if writer.bias is None else w_OI.new_empty(after))
-    block.get_submodule(joint).shortcut = shortcut(w_OI.new_empty(after, before), w_OI)
-    swap_norm(block, half, norm_width(norm))
+    put_linear(writer, *_empty(w_OI, after, w_OI.shape[1], writer.bias is not None))
+    w_OI, bias_O = _empty(w_OI, after, before, post and shifted)
+    reading.block.get_submodule(reading.joint).shortcut = shortcut(w_OI, w_OI, bias_O)
+    if norm is not None and reading.norm is not None:
+        swap_norm(reading.norm, norm_width(norm))
+
+
+def _empty(like: Tensor, outputs: int, inputs: int, bias: bool) -> tuple[Tensor, Tensor | None]:
+    return like.new_empty(outputs, inputs), like.new_empty(outputs) if bias else None
 
 
 def norm_width(norm: nn.Module) -> int:

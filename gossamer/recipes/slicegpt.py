@@ -104,8 +104,8 @@ def slice(
     into the first block; otherwise it is cut as well.
 
     Args:
-        model: of transformers, Llama, Mistral, Qwen2, Qwen3, SmolLM3, Gemma, Phi-3, Starcoder2, OPT or GPT-2 blocks,
-            whatever its head; `gossamer.save` and `load` know its new shapes.
+        model: of transformers, Llama, Mistral, Qwen2, Qwen3, SmolLM3, Gemma, Phi-3, Starcoder2, OPT, GPT-2, ViT,
+            BERT or RoBERTa blocks, whatever its head; `gossamer.save` and `load` know its new shapes.
         keep: fraction of the stream's columns to keep, above 0 and up to 1; the width is rounded down to a multiple of
             8. At 1 the model is rotated and computes what it did before. The shortcuts cost W² each, so that little is
             won above 0.85.
@@ -158,7 +158,7 @@ def slice(
 
 
 def _width(stack: Stack) -> int:
-    return norm_width(stack.blocks[0].get_submodule(stack.family.halves[0].norm)) if stack.blocks else 0
+    return norm_width(stack.blocks[0].get_submodule(stack.family.halves[0].norm))
 
 
 def _kept(wide: int, keep: float) -> int:

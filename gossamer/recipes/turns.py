@@ -5,6 +5,7 @@ Shape suffixes: N tokens, D the stream's own width, W its width now, O outputs, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attach.targets import Target
+from ..nn.families import Family
 from ..nn.sliced import (
-    JOINTS,
     Joint,
     linear_weight,
     norm_width,
@@ -23,7 +24,7 @@ from ..nn.sliced import (
     shortcut,
     swap_norm,
 )
-from ..nn.streams import Family, Half, Stack
+from ..nn.streams import Reading, Stack
 
 
 class Turn(nn.Module):
@@ -70,61 +71,66 @@ class Site:
     Args:
         target: the turn's name in the model.
         turn: itself.
-        before: (block, half, joint's name) that writes the stream it turns; None at the entry.
-        after: (block, half, joint's name) that reads the turned stream.
+        before: what writes the stream that it turns; None at the entry.
+        after: what reads the turned stream.
     """
 
     target: Target
     turn: Turn
-    before: tuple[nn.Module, Half, str] | None
-    after: tuple[nn.Module, Half, str]
+    before: Reading | None
+    after: Reading
 
     @property
     def stamp(self) -> Tensor:
         """A weight beside the turn that is still as the model brought it: it tells whose turn this is."""
-        if self.before is None:
-            block, half, _ = self.after
-            return linear_weight(block.get_submodule(half.readers[0])).detach()
-        block, half, _ = self.before
-        return linear_weight(block.get_submodule(half.writer)).detach()
+        layer = self.after.readers[0] if self.before is None else self.before.writer
+        return linear_weight(layer).detach()
 
 
 def sites_of(stack: Stack) -> list[Site]:
     """Open the blocks and put a turn at the entry and behind every half but the last, which writes the first basis."""
     open_joints(stack)
-    halves = [(b, h, j) for b in stack.blocks for h, j in zip(stack.family.halves, JOINTS)]
-    names = [f"{stack.name}.{i}.{j}" for i in range(len(stack.blocks)) for j in JOINTS]
-    first = halves[0]
-    first[0].entry = Turn(_centred(*first[:2]))
-    sites = [Site(Target(f"{stack.name}.0.entry"), first[0].entry, None, first)]
-    for name, before, after in zip(names, halves, halves[1:]):
-        joint = TurningJoint(_centred(*after[:2]))
-        before[0].add_module(before[2], joint)
-        sites.append(Site(Target(f"{name}.turn"), joint.turn, before, after))
+    readings = stack.readings()
+    first = readings[0]
+    first.block.entry = Turn(_centred(first))
+    sites = [Site(Target(f"{stack.name}.0.entry"), first.block.entry, None, first)]
+    for before, after in itertools.pairwise(readings):
+        joint = TurningJoint(_centred(after))
+        before.block.add_module(before.joint, joint)
+        sites.append(Site(Target(f"{before.name}.turn"), joint.turn, before, after))
     return sites
 
 
-def _centred(block: nn.Module, half: Half) -> bool:
-    return isinstance(block.get_submodule(half.norm), nn.LayerNorm)
+def _norm(reading: Reading) -> nn.Module | None:
+    return None if reading.norm is None else reading.norm[0].get_submodule(reading.norm[1])
+
+
+def _centred(reading: Reading) -> bool:
+    return isinstance(_norm(reading), nn.LayerNorm)
 
 
 def enter(site: Site, family: Family, q_DW: Tensor) -> None:
     """The stream has the new basis from here on: what reads it gets it, and the next joint leads back."""
     site.turn.q_DW = q_DW
-    block, half, joint = site.after
-    norm = block.get_submodule(half.norm)
+    reading, norm = site.after, _norm(site.after)
     scale_D, shift_D = _affine(norm, family.scale_offset)
-    for reader in map(block.get_submodule, half.readers):
+    for reader in reading.readers:
         w_OD = linear_weight(reader).detach().double()
         bias_O = None if reader.bias is None else reader.bias.detach().double()
         if shift_D is not None:
             bias_O = w_OD @ shift_D + (0 if bias_O is None else bias_O)
         put_linear(reader, (w_OD if scale_D is None else w_OD * scale_D) @ q_DW, bias_O)
-    swap_norm(block, half, norm_width(norm))
-    block.get_submodule(joint).shortcut = shortcut(q_DW, like=linear_weight(reader))
+    if reading.norm is not None and norm is not None:
+        swap_norm(reading.norm, norm_width(norm))
+    like = linear_weight(reader)
+    if not family.post:
+        back = shortcut(q_DW, like)
+    else:  # the stream itself is what the norm gave, scale and bias included
+        back = shortcut(q_DW if scale_D is None else scale_D[:, None] * q_DW, like, shift_D)
+    reading.block.get_submodule(reading.joint).shortcut = back
 
 
-def _affine(norm: nn.Module, offset: float) -> tuple[Tensor | None, Tensor | None]:
+def _affine(norm: nn.Module | None, offset: float) -> tuple[Tensor | None, Tensor | None]:
     scale_D, shift_D = (getattr(norm, name, None) for name in ("weight", "bias"))
     scale_D = None if scale_D is None else scale_D.detach().double() + offset
     return scale_D, None if shift_D is None else shift_D.detach().double()
@@ -135,19 +141,22 @@ def settle(site: Site, tables: Sequence[nn.Embedding]) -> None:
     if site.before is None:
         _settle_entry(site, tables)
         return
-    block, half, name = site.before
-    writer, joint = block.get_submodule(half.writer), block.get_submodule(name)
+    block, name = site.before.block, site.before.joint
+    back = block.get_submodule(name).shortcut
     if site.turn.q_DW is not None:
-        map_WD = site.turn.map_WD()
-        bias = None if writer.bias is None else map_WD @ writer.bias.detach().double()
-        put_linear(writer, map_WD @ linear_weight(writer).detach().double(), bias)
-        old = joint.shortcut.weight
-        joint.shortcut = shortcut(map_WD @ old.detach().double(), like=old)
-    block.add_module(name, Joint(joint.shortcut))
+        for layer in (site.before.writer, back):
+            _lead(layer, site.turn.map_WD())
+    block.add_module(name, Joint(back))
+
+
+def _lead(layer: nn.Module, map_WD: Tensor) -> None:
+    """Let a layer write the new basis."""
+    bias_D = None if layer.bias is None else map_WD @ layer.bias.detach().double()
+    put_linear(layer, map_WD @ linear_weight(layer).detach().double(), bias_D)
 
 
 def _settle_entry(site: Site, tables: Sequence[nn.Embedding]) -> None:
-    block, half, _ = site.after
+    block = site.after.block
     block.entry = None
     if site.turn.q_DW is None:
         return
@@ -155,7 +164,7 @@ def _settle_entry(site: Site, tables: Sequence[nn.Embedding]) -> None:
     for table in tables:
         put_table(table, table.weight.detach().double() @ map_WD.t())
     if not tables:
-        block.entry = shortcut(map_WD, like=linear_weight(block.get_submodule(half.readers[0])))
+        block.entry = shortcut(map_WD, like=linear_weight(site.after.readers[0]))
 
 
 def principal(gram_DD: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,8 @@ def build(kind: str):
         "gpt2": lambda: t.GPT2LMHeadModel(
             t.GPT2Config(n_embd=WIDE, n_layer=2, n_head=4, vocab_size=WORDS, n_positions=64)
         ),
+        "bert": lambda: t.BertForMaskedLM(t.BertConfig(**SIZES, vocab_size=WORDS)),
+        "roberta": lambda: t.RobertaModel(t.RobertaConfig(**SIZES, vocab_size=WORDS)),
     }
     torch.manual_seed(0)
     model = made[kind]().eval()
@@ -58,7 +60,7 @@ def build(kind: str):
 
 KINDS = (
     *("llama", "llama-untied", "llama-body", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "phi3", "starcoder2"),
-    *("opt", "opt-untied", "gpt2"),
+    *("opt", "opt-untied", "gpt2", "bert", "roberta"),
 )
 
 
@@ -102,7 +104,7 @@ def test_sliced_models_are_smaller_run_train_and_come_back_from_disk(kind, tmp_p
     torch.testing.assert_close(output(copy.deepcopy(model)), after, rtol=0, atol=0)
     model.train()
     model(**batches(1)[0])[0].square().mean().backward()
-    assert all(p.grad is not None for n, p in model.named_parameters())
+    assert all(p.grad is not None for n, p in model.named_parameters() if "pooler" not in n)
 
 
 def test_generation_with_a_cache_and_recorded_states_work_as_before():
@@ -116,6 +118,21 @@ def test_generation_with_a_cache_and_recorded_states_work_as_before():
     with_cache = narrow.generate(**batches(1)[0], max_new_tokens=5, do_sample=False, pad_token_id=0)
     without = narrow.generate(**batches(1)[0], max_new_tokens=5, do_sample=False, pad_token_id=0, use_cache=False)
     assert torch.equal(with_cache, without)
+
+
+def test_a_vision_transformer_is_sliced_too(tmp_path):
+    sizes = {**SIZES, "image_size": 16, "patch_size": 4, "num_labels": 5}
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)).eval()
+    pictures = [{"pixel_values": part} for part in torch.randn(3, 2, 3, 16, 16)]
+    before = output(model, **pictures[0])
+    narrow = copy.deepcopy(model)
+    gossamer.slice(model, keep=1.0, data=pictures)
+    torch.testing.assert_close(output(model, **pictures[0]), before, rtol=1e-4, atol=1e-4)
+    report = gossamer.slice(narrow, keep=0.75, data=pictures)
+    assert report.width == 24 and report.tokens == 3 * 2 * 17 and report.parameters < report.parameters_before
+    gossamer.save(narrow, tmp_path / "vit")
+    loaded = gossamer.load(tmp_path / "vit")
+    assert torch.equal(output(loaded, **pictures[0]), output(narrow, **pictures[0]))
 
 
 def test_padding_does_not_enter_the_axes():
@@ -168,8 +185,9 @@ def test_half_precision_stays_half_precision():
     assert (output(model) - before).abs().max() < 0.1 * before.abs().max()
 
 
-def _bert():
-    return transformers.BertModel(transformers.BertConfig(**SIZES, vocab_size=WORDS))
+def _crossed():
+    config = transformers.BertConfig(**SIZES, vocab_size=WORDS, is_decoder=True, add_cross_attention=True)
+    return transformers.BertModel(config)
 
 
 def _gemma2():
@@ -188,7 +206,7 @@ def _masked():
     ("make", "words"),
     [
         (lambda: torch.nn.Linear(3, 3), "blocks of no kind"),
-        (_bert, "after each addition"),
+        (_crossed, "cross-attention reads"),
         (_gemma2, "norms scale what"),
         (lambda: transformers.OPTForCausalLM(_opt(word_embed_proj_dim=16)), "project_in"),
         (lambda: transformers.OPTForCausalLM(_opt(do_layer_norm_before=False)), "block 0"),

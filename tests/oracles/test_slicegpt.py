@@ -28,19 +28,29 @@ def _opt() -> nn.Module:
     return transformers.OPTForCausalLM(transformers.OPTConfig(**SIZES, ffn_dim=40, word_embed_proj_dim=WIDE))
 
 
+def _bert() -> nn.Module:
+    return transformers.BertForMaskedLM(transformers.BertConfig(**SIZES, intermediate_size=40))
+
+
 class Projected:
     """A dense model with a projection of its stream at each place that has one by now."""
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, writers: list[str], centred: bool) -> None:
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, writer: str, centred: bool) -> None:
         self.model, self.centred = model, centred
         self.maps: list[Tensor | None] = [None] * (2 * len(blocks))
         self.seen: dict[int, list[Tensor]] = {}
+        self.post = writer == "post-norm"
+        if self.post:  # a sum is read by its norm only
+            norms = [n for b in blocks for n in (b.attention.output.LayerNorm, b.output.LayerNorm)][:-1]
+            for place, module in enumerate([blocks[0], *norms]):
+                module.register_forward_pre_hook(self._enter(place), with_kwargs=True)
+            return
         for i, block in enumerate(blocks):
             block.register_forward_pre_hook(self._enter(2 * i), with_kwargs=True)
-            block.get_submodule(writers[0]).register_forward_hook(self._attended(2 * i + 1))
+            block.get_submodule(writer).register_forward_hook(self._attended(2 * i + 1))
 
     def _turn(self, place: int, h: Tensor) -> Tensor:
-        h = h - h.mean(-1, keepdim=True) if self.centred else h
+        h = h - h.mean(-1, keepdim=True) if self.centred or (self.post and place) else h
         self.seen.setdefault(place, []).append(h)
         return h if self.maps[place] is None else h @ self.maps[place]
 
@@ -74,7 +84,11 @@ class Projected:
 
 @pytest.mark.parametrize(
     ("make", "inner", "writer", "centred"),
-    [(_llama, "model.layers", "self_attn.o_proj", False), (_opt, "model.decoder.layers", "self_attn.out_proj", True)],
+    [
+        (_llama, "model.layers", "self_attn.o_proj", False),
+        (_opt, "model.decoder.layers", "self_attn.out_proj", True),
+        (_bert, "bert.encoder.layer", "post-norm", False),
+    ],
 )
 @torch.no_grad()
 def test_deleting_is_projecting(make, inner, writer, centred):
@@ -87,7 +101,7 @@ def test_deleting_is_projecting(make, inner, writer, centred):
     sliced.load_state_dict(model.state_dict())
     gossamer.slice(sliced, keep=WIDTH / WIDE, data=batches)
     dense = model(input_ids=batches[0]).logits
-    twin = Projected(model, model.get_submodule(inner), [writer], centred)
+    twin = Projected(model, model.get_submodule(inner), writer, centred)
     twin.fit(batches)
     want, got = model(input_ids=batches[0]).logits, sliced(input_ids=batches[0]).logits
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
