@@ -10,6 +10,7 @@ import typer
 
 from . import assets, cache, doctor
 from .bench import bench
+from .chat import chat
 from .codes import EPILOG, Group
 from .demo import demo
 from .methods import methods
@@ -32,7 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (demo, prune, slice, pack, train, sweep, bench, report, methods, warmup):
+for command in (demo, prune, slice, pack, chat, train, sweep, bench, report, methods, warmup):
     app.command(epilog=EPILOG)(command)
 app.add_typer(assets.app, name="assets")
 app.add_typer(cache.app, name="cache")

@@ -54,10 +54,13 @@ class Loaded:
         return getattr(self.config, "max_position_embeddings", None)
 
 
-def load(spec: str) -> Loaded:
+def load(spec: str, *, packed: bool = False) -> Loaded:
     """Load a model by folder, asset name or hub id, on the CPU, in the dtype it is stored in.
 
     "hf:" before a folder or a hub id says that transformers loads it, whatever else has that name.
+
+    Args:
+        packed: pack the layers of a `save_pretrained` folder as they were; what `save` wrote always is as it was.
 
     Raises:
         UnknownName: it is none of the three; near asset names are listed.
@@ -69,7 +72,7 @@ def load(spec: str) -> Loaded:
     if spec.startswith("hf:"):
         return _from_transformers(spec.removeprefix("hf:"))
     if Path(spec).is_dir():
-        return _from_folder(Path(spec))
+        return _from_folder(Path(spec), packed)
     if spec in LOADERS:
         return _from_asset(spec)
     if spec.count("/") == 1 and not spec.startswith((".", "/", "~")):
@@ -80,15 +83,16 @@ def load(spec: str) -> Loaded:
     )
 
 
-def _from_folder(folder: Path) -> Loaded:
+def _from_folder(folder: Path, packed: bool) -> Loaded:
     if (folder / RECORD).exists():
         from ..deploy import load as load_saved
 
         return Loaded(str(folder), load_saved(folder), _tokenizer(folder))
     if (folder / SIDECAR).exists():
-        from ..integrations.reading import load_pretrained
+        from ..integrations.reading import load_pretrained, was_packed
 
-        return Loaded(str(folder), load_pretrained(folder, dense=True), _tokenizer(folder))
+        model = load_pretrained(folder, dense=not (packed and was_packed(folder)))
+        return Loaded(str(folder), model, _tokenizer(folder))
     if not (folder / "config.json").exists():
         raise FileDamaged(f"{folder} holds neither {RECORD} nor config.json; give the folder of a saved model")
     return _from_transformers(str(folder))
@@ -107,6 +111,9 @@ def _from_asset(name: str) -> Loaded:
 
 
 def _from_transformers(spec: str) -> Loaded:
+    from ..integrations.transformers import register
+
+    register()  # so that it reads packed folders
     local = Path(spec).is_dir()
     try:
         with quiet() as transformers:

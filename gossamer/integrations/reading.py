@@ -67,6 +67,12 @@ def load_pretrained(
     return pack(model, example if example is not None else _example(path, model), inplace=True)
 
 
+def was_packed(folder: str | Path) -> bool:
+    """Whether the model in a folder was packed when it was saved, so that nothing has to be measured."""
+    sidecar = shards.read_sidecar(Path(folder))
+    return sidecar is not None and bool(sidecar["layers"])
+
+
 def _dense(path: Path, config: Mapping[str, Any], dtype: str | torch.dtype) -> nn.Module:
     from .transformers import register
 

@@ -160,7 +160,19 @@ class Decoder:
 
     def reset(self) -> None:
         """Forget the sequence; the next token is the first."""
-        self._alone(self._set_position, 0)
+        self.rewind(0)
+
+    def rewind(self, position: int) -> None:
+        """Forget all but the first `position` tokens.
+
+        Raises:
+            ValueError: fewer were read.
+        """
+        if not 0 <= position <= self.position:
+            raise ValueError(
+                f"{self.position} tokens were read, there is no going to {position}; give no more than that"
+            )
+        self._alone(self._set_position, position)
 
     def _set_position(self, position: int) -> None:
         self.position = position

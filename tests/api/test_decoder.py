@@ -167,3 +167,14 @@ def test_what_is_not_served_is_said():
         decoder(llama(head_dim=4))
     with pytest.raises(FormatError, match="multiple of 16"):
         decoder(llama(intermediate_size=72))
+
+
+def test_rewinding_forgets_what_came_after():
+    model, ids = zero_half(llama()), prompt(12)
+    made = decoder(model)
+    want = made.prefill(ids)
+    made.rewind(5)
+    torch.testing.assert_close(made.prefill(ids[:, 5:]), want)
+    for far in (-1, 13):
+        with pytest.raises(ValueError, match="12 tokens were read"):
+            made.rewind(far)
