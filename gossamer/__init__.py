@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 # The rest loads on first use, so that `import gossamer` costs next to nothing beyond torch.
 _HOME = {
     "prune": "recipes.prune",
+    "Reconstruct": "recipes.reconstruct",
     "compile": "runtime.compiled",
     "Decoder": "runtime.decoder",
     "rearrange": "recipes.rearrange",
@@ -35,6 +36,7 @@ _HOME = {
 __all__ = [
     "Decoder",
     "Pattern",
+    "Reconstruct",
     "Sparsifier",
     "Support",
     "adapt",

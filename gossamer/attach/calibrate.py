@@ -13,46 +13,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from greenlet import GreenletExit, getcurrent, greenlet
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from ..core.errors import CalibrationError
-from .blocks import blocks_of, without_cache
+from .blocks import blocks_of
+from .passes import Batch, Pass, advance, start, waiting
 from .targets import Target
 
 # Keys and values of cross-attention in transformers' encoder-decoders: T5, BART and OPT-style, BERT.
 _CROSS = re.compile(r"(encoder_attn|EncDecAttention|crossattention).*\.(k|v|k_proj|v_proj|key|value)$")
-Batch = Mapping[str, object] | Sequence[object] | Tensor
-
-
-class _Modes:
-    """torch's thread-local modes. Passes share a thread, so each must find its own again when it goes on."""
-
-    def __init__(self) -> None:
-        self.grad = torch.is_grad_enabled()
-        self.autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
-
-    def set(self) -> None:
-        torch.set_grad_enabled(self.grad)
-        for device, enabled, dtype in self.autocast:
-            torch.set_autocast_enabled(device, enabled)
-            torch.set_autocast_dtype(device, dtype)
-
-
-@dataclass(eq=False)
-class _Pass:
-    """One batch on its way through the model."""
-
-    batch: Batch
-    run: greenlet
-    at: str | None = None
-    x: Tensor | None = None
-    modes: _Modes | None = None
-    done: set[str] = field(default_factory=set)
-    versions: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,56 +76,35 @@ def stream(
     blocks = blocks_of(model, targets) if sequential == "block" else {}
     within = {name for inner in blocks.values() for name in inner}
     order |= {block: max(order[name] for name in inner) + 0.5 for block, inner in blocks.items()}
-    passes = [_start(model, batch) for batch in batches]
+    passes = [start(model, batch) for batch in batches]
     if not passes:
         raise CalibrationError("no calibration batch was given; pass data= as a list of batches")
     by_run = {p.run: p for p in passes}
     hooks = [t.module(model).register_forward_pre_hook(_pause(t.name, by_run), with_kwargs=True) for t in targets]
     hooks += [h for block, inner in blocks.items() for h in _run_twice(model, block, inner, by_run)]
     visited: set[str] = set()
-    training = [(m, m.training) for m in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad(), without_cache(model):
+        with waiting(model, passes):
             for p in passes:
-                _advance(p, visited)
-            while waiting := [p for p in passes if p.at is not None]:
+                advance(p, visited)
+            while there := [p for p in passes if p.at is not None]:
                 # Batches may differ in route (experts); definition order keeps early layers first.
-                name = min((p.at for p in waiting if p.at), key=order.__getitem__)
-                here = [p for p in waiting if p.at == name]
+                name = min((p.at for p in there if p.at), key=order.__getitem__)
+                here = [p for p in there if p.at == name]
                 if name in by_name:
-                    visit(Arrival(by_name[name], [p.x for p in here], [_mask(p, name) for p in here]))  # type: ignore[misc]
+                    visit(Arrival(by_name[name], [p.x for p in here], [real_tokens(p, name) for p in here]))  # type: ignore[misc]
                 visited.add(name)
                 if leave is not None and name not in within:
                     leave([by_name[n] for n in blocks.get(name, (name,)) if n in visited])
                 for p in here:
-                    _advance(p, visited)
+                    advance(p, visited)
     finally:
         for hook in hooks:
             hook.remove()
-        outer = _Modes()
-        for p in passes:
-            if not p.run.dead:
-                p.run.throw(GreenletExit)
-        outer.set()
-        for module, mode in training:
-            module.training = mode
     return [t.name for t in targets if t.name not in visited]
 
 
-def _start(model: nn.Module, batch: Batch) -> _Pass:
-    def forward() -> None:
-        if isinstance(batch, Mapping):
-            model(**batch)
-        elif isinstance(batch, (tuple, list)):
-            model(*batch)
-        else:
-            model(batch)
-
-    return _Pass(batch, greenlet(forward))
-
-
-def _pause(name: str, by_run: Mapping[greenlet, _Pass]) -> Callable[..., None]:
+def _pause(name: str, by_run: Mapping[greenlet, Pass]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         current = getcurrent()
         mine = by_run.get(current)
@@ -166,7 +118,7 @@ def _pause(name: str, by_run: Mapping[greenlet, _Pass]) -> Callable[..., None]:
 
 
 def _run_twice(
-    model: nn.Module, block: str, inner: Sequence[str], by_run: Mapping[greenlet, _Pass]
+    model: nn.Module, block: str, inner: Sequence[str], by_run: Mapping[greenlet, Pass]
 ) -> list[torch.utils.hooks.RemovableHandle]:
     """At a block's end its pass waits until the block has changed, then runs it again with the same arguments."""
 
@@ -205,50 +157,7 @@ def _refuse_changed(block: str, kwargs: dict[str, object], before: list[int], af
         )
 
 
-def _advance(p: _Pass, visited: set[str]) -> None:
-    """Let one pass run on to the next layer nobody has pruned yet, or to its end."""
-    while True:
-        p.at, p.x = None, None
-        outer = _Modes()
-        (p.modes or outer).set()
-        try:
-            stop = p.run.switch()
-            _refuse_inference_mode(p)
-        except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
-            if isinstance(error, CalibrationError):
-                raise
-            raise CalibrationError(
-                f"the model's forward failed on a calibration batch ({_describe(p.batch)}): "
-                f"{type(error).__name__}: {error}; check that model(**batch) runs by itself"
-            ) from error
-        finally:
-            p.modes = _Modes()
-            outer.set()
-        if p.run.dead:
-            return
-        p.at, p.x = stop
-        if p.at not in visited:
-            return
-
-
-def _refuse_inference_mode(p: _Pass) -> None:
-    if torch.is_inference_mode_enabled():
-        p.run.throw(GreenletExit)  # leaves the mode on its way out
-        raise CalibrationError(
-            "the model's forward (or its caller) runs under inference_mode, whose tensors cannot be written later; "
-            "use torch.no_grad there"
-        )
-
-
-def _describe(batch: Batch) -> str:
-    if isinstance(batch, Mapping):
-        return ", ".join(
-            f"{k} {tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__}" for k, v in batch.items()
-        )
-    return str(tuple(batch.shape)) if isinstance(batch, Tensor) else type(batch).__name__
-
-
-def _mask(p: _Pass, name: str) -> Tensor | None:
+def real_tokens(p: Pass, name: str) -> Tensor | None:
     """Real tokens of this pass's input, flat, if the batch says which they are and the counts agree."""
     if not isinstance(p.batch, Mapping) or p.x is None:
         return None

@@ -56,9 +56,9 @@ class Journal:
     def _file(self, name: str, kind: str) -> Path:
         return self.folder / f"{quote(name, safe='')}.{kind}.safetensors"
 
-    def finished(self, name: str) -> bool:
+    def finished(self, name: str, *, kind: str = "pruned") -> bool:
         """True if this layer's pruned weight is on disk."""
-        return self._file(name, "pruned").exists()
+        return self._file(name, kind).exists()
 
     def write(self, name: str, w: Tensor, *, kind: str = "pruned", of: Tensor | None = None) -> None:
         """Put a weight on disk, all or nothing, with checksums of itself and of the dense weight it came from.

@@ -24,17 +24,20 @@ from ..core.sparsifier import Sparsifier, require_finite
 from ..score.trial import Loss, Trial, as_batches
 from .allocate import allocate
 from .pruning import LayerResult, Progress, Run
+from .rebuild import Rebuild, refuse_reconstruction
+from .reconstruct import Fitted, Reconstruct
 
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What `prune` did: a line per layer, and every layer left out with the reason."""
+    """What `prune` did: a line per layer, every layer left out with the reason, how blocks were reconstructed."""
 
     method: str
     pattern: str
     layers: tuple[LayerResult, ...]
     skipped: tuple[tuple[str, str], ...]
     seconds: float
+    blocks: tuple[tuple[str, Fitted], ...] = ()
 
     @property
     def density(self) -> float:
@@ -55,6 +58,7 @@ def prune(
     pattern: str | None = None,
     regroup: bool = False,
     sequential: str | None = None,
+    reconstruct: Reconstruct | None = None,
     data: Iterable[Batch] | None = None,
     loss: Loss | None = None,
     targets: Iterable[str] = (),
@@ -76,6 +80,8 @@ def prune(
             keeps more of the score at the same density, and packing finds the groups again.
         sequential: "layer": each layer's statistics are taken after all layers before it were pruned; "block": those of
             a whole block before any of its layers is, which runs each block twice. None: as the method's paper does.
+        reconstruct: `Reconstruct()`: once a block's layers are pruned, what they kept is trained until the block gives
+            what the dense one gave. Takes `data`, and any method that prunes layer by layer.
         data: calibration batches for methods that need them: mappings are passed as keywords. Methods that go by the
             loss's gradient take pairs (inputs, target), or mappings.
         loss: (output, target) → scalar, for those; None: the model returns it.
@@ -124,14 +130,23 @@ def prune(
         "sequential": order,
         "data": data_digest(data),
     }
+    if reconstruct is not None:
+        refuse_reconstruction(sparsifier, data, offload)
+        run_of["reconstruct"] = repr(reconstruct)
     journal = Journal(workdir, _identity(model, found, sparsifier, per_layer) | run_of) if workdir is not None else None
     run = Run(model, found.targets, per_layer, journal, offload, progress)
-    if sparsifier.probe:
+    rebuild = Rebuild(run, reconstruct, order) if reconstruct is not None else None
+    if rebuild is not None:
+        unreached = rebuild(data)
+    elif sparsifier.probe:
         unreached = run.together(sparsifier, trial)
     else:
         unreached = run.with_data(data, order) if sparsifier.needs else run.without_data(sparsifier)
     skipped = (*found.skipped, *((n, "no calibration batch reached it; left dense") for n in unreached))
-    return PruneReport(sparsifier.name, _words(sparsifier), tuple(run.results), skipped, time.perf_counter() - began)
+    fits = tuple(rebuild.fits.items()) if rebuild is not None else ()
+    return PruneReport(
+        sparsifier.name, _words(sparsifier), tuple(run.results), skipped, time.perf_counter() - began, fits
+    )
 
 
 def _sparsifier(

@@ -70,13 +70,13 @@ class Run:
 
         def visit(arrival: Arrival) -> None:
             began, target = time.perf_counter(), arrival.target
-            if not self._finished(target):
+            if not self.finished(target):
                 stats = collect(arrival, target.module(self.model))
                 measured[target.name] = stats, time.perf_counter() - began
 
         def leave(targets: Sequence[Target]) -> None:
             for t in targets:
-                if not self._resume(t):
+                if not self.resume(t):
                     stats, seconds = measured.pop(t.name)
                     self._prune_one(t, stats, time.perf_counter() - seconds)
 
@@ -86,24 +86,24 @@ class Run:
         if sparsifier.scope == "model":
             return self.together(sparsifier, None)
         for t in self.targets:
-            if not self._resume(t):
+            if not self.resume(t):
                 self._prune_one(t, {"salt": salt(t.name)}, time.perf_counter())
         return []
 
     def _prune_one(self, target: Target, stats: Stats, began: float) -> None:
         w = target.weight(self.model).detach()
         new, _ = self.per_layer[target.name].apply(w, stats)
-        self._finish(target, new, began)
+        self.finish(target, new, began)
 
     def together(self, sparsifier: Sparsifier, trial: Trial | None) -> list[str]:
         """All layers at once: they compete with each other, or are scored by what they do together."""
         began = time.perf_counter()
         for t, support in first_supports(self.model, self.targets, sparsifier, self.per_layer, trial).items():
-            self._finish(t, sparsifier.shrink(t.weight(self.model).detach(), support), began)
+            self.finish(t, sparsifier.shrink(t.weight(self.model).detach(), support), began)
             began = time.perf_counter()
         return []
 
-    def _finish(self, target: Target, new: Tensor, began: float, resumed: bool = False) -> None:
+    def finish(self, target: Target, new: Tensor, began: float, resumed: bool = False) -> None:
         """The weight goes into the model; the journal is written first, so what is recorded is what was computed."""
         if self.journal is not None and not resumed:
             self.journal.write(target.name, new, of=target.weight(self.model))
@@ -116,14 +116,16 @@ class Run:
         if self.progress is not None:
             self.progress(target.name, len(self.results), len(self.targets))
 
-    def _finished(self, target: Target) -> bool:
+    def finished(self, target: Target) -> bool:
+        """True if an earlier run left this layer in the journal."""
         return self.journal is not None and self.journal.finished(target.name)
 
-    def _resume(self, target: Target) -> bool:
-        if not self._finished(target):
+    def resume(self, target: Target) -> bool:
+        """Take a layer from the journal; False if it is not there."""
+        if not self.finished(target):
             return False
         w = self.journal.read(target.name, target.weight(self.model).detach())
-        self._finish(target, w, time.perf_counter(), resumed=True)
+        self.finish(target, w, time.perf_counter(), resumed=True)
         return True
 
     def _to_disk(self, target: Target) -> None:
