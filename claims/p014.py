@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import exp, log
 from statistics import mean
 
+import gossamer
 from claims.outcome import Outcome
+from gossamer.data import perplexity
 
 CLAIM = (
     "Trading kept for cut weights without training lowers the perplexity of Wanda and magnitude masks at 60 and 70 %."
@@ -30,31 +33,38 @@ class Effort:
     draws: int
 
 
-def _loss(method: str, density: float, draw: int, effort: Effort, **options: object) -> float:
-    """Nats per token of SmolLM2 with every linear layer but the head pruned."""
-    import gossamer
-    from gossamer.data import load_model, load_tokenizer, perplexity, token_windows, wikitext2
+class _Subject:
+    """SmolLM2, its text, and the mean loss that pruning leaves."""
 
-    model, tokenizer = load_model("smollm2-135m"), load_tokenizer("smollm2-135m")
-    cut = dict(length=effort.length, count=effort.windows)
-    text = wikitext2("train")[: 100 * effort.length * effort.windows]
-    data = [{"input_ids": ids_T[None]} for ids_T in token_windows(tokenizer, text, seed=draw, **cut)]
-    gossamer.prune(model, method, density=density, data=data, **options)
-    return log(perplexity(model, token_windows(tokenizer, wikitext2("test"), **cut)))
+    def __init__(self, effort: Effort) -> None:
+        from gossamer.data import load_model, load_tokenizer, token_windows, wikitext2
+
+        self.effort, self.model = effort, load_model("smollm2-135m")
+        cut, tokenizer = dict(length=effort.length, count=effort.windows), load_tokenizer("smollm2-135m")
+        text = wikitext2("train")[: 100 * effort.length * effort.windows]
+        self.calibration = [token_windows(tokenizer, text, seed=d, **cut) for d in range(effort.draws)]
+        self.test = token_windows(tokenizer, wikitext2("test"), **cut)
+
+    def loss(self, method: str, density: float, draw: int, **options: object) -> float:
+        """Nats per token with every linear layer but the head pruned."""
+        model = copy.deepcopy(self.model)
+        data = [{"input_ids": ids_T[None]} for ids_T in self.calibration[draw]]
+        gossamer.prune(model, method, density=density, data=data, **options)
+        return log(perplexity(model, self.test))
 
 
 def _pairs(effort: Effort) -> Iterator[tuple[str, float, list[float], list[float]]]:
     """First method, density, its losses per draw, and the refined masks' losses."""
+    subject, draws = _Subject(effort), range(effort.draws)
     for first in FIRST:
         for density in DENSITIES:
-            draws = range(effort.draws)
-            alone = [_loss(first, density, d, effort) for d in (draws if first == "wanda" else [0])]
-            refined = [_loss("dsnot", density, d, effort, initial=first) for d in draws]
+            alone = [subject.loss(first, density, d) for d in (draws if first == "wanda" else [0])]
+            refined = [subject.loss("dsnot", density, d, initial=first) for d in draws]
             yield first, density, alone * (effort.draws // len(alone)), refined
 
 
 def run(full: bool = False) -> Outcome:
-    effort = Effort(24, 1024, 3) if full else Effort(6, 512, 2)
+    effort = Effort(24, 1024, 3) if full else Effort(4, 256, 2)
     ours, better = {}, []
     for first, density, alone, refined in _pairs(effort):
         better.append(mean(refined) < mean(alone))

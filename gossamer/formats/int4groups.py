@@ -19,9 +19,9 @@ from gossamer.core.pattern import Pattern
 from gossamer.core.select import select
 from gossamer.formats.checks import exactly, kept, matrix, owners, pointer, pointer_part, sized, whole
 from gossamer.formats.format import Format
+from gossamer.formats.shared_grid import quantise
 
 GROUP, CHUNK = 16, 8
-LEVELS = 15
 MOST_COLUMNS = GROUP * 16383
 
 
@@ -31,7 +31,8 @@ class Int4Groups(Format):
 
     w = low + scale q with q in 0..15, low and scale in bfloat16, and dropped groups are zero. Every kept entry comes
     back within scale / 2 (and what float32 rounds): `scale` is (highest - lowest) / 15 rounded up, `low` the lowest
-    rounded down, so the range always covers the values.
+    rounded down, so the range always covers the values. Weights
+    that lie on such a grid and use both its ends, as `gqsa` leaves them, come back to the bit.
     A row's kept groups are padded to whole chunks by groups at `dropped`, one place beyond the last column.
     Bytes: 84 C + 4 (M + 1): 5.25 bits per kept weight, 2.6 per weight with half of the groups dropped.
 
@@ -42,7 +43,7 @@ class Int4Groups(Format):
 
     Reference: Zeng et al. 2025, "GQSA: Group Quantization and Sparsity for Accelerating LLM Inference",
     arXiv:2412.17560.
-    Departs from: eight kept groups share a scale, so that it costs a quarter of a bit; no re-training of scales.
+    Departs from: eight kept groups share a scale, so that it costs a quarter of a bit; `gossamer.recipes.gqsa` trains.
     """
 
     name: ClassVar[str] = "int4groups"
@@ -165,33 +166,6 @@ class Int4Groups(Format):
 
     def gather(self, dense_MK: Tensor) -> Tensor:
         raise FormatError("int4groups stores codes, which have no gradient; train the dense weight and store it again")
-
-
-def quantise(w_Cw: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows to (low, scale) in bfloat16 [C, 2] and codes uint8 [C, w]: |low + scale q - w| <= scale / 2.
-
-    Raises:
-        FormatError: a weight is not finite, or its row's range overflows bfloat16.
-    """
-    if not bool(w_Cw.isfinite().all()):
-        raise FormatError("int4groups stores finite weights only; find where NaN or infinity came from")
-    lowest_C, highest_C = w_Cw.amin(1), w_Cw.amax(1)
-    low_C = _towards(lowest_C, -torch.inf)
-    scale_C = _towards((highest_C - low_C) / LEVELS, torch.inf)
-    values = torch.stack([low_C, scale_C], 1).bfloat16()
-    if not bool(values.isfinite().all()):
-        raise FormatError("the weights' range overflows the scale; scale them down")
-    steps_C1 = torch.where(scale_C > 0, scale_C, 1.0)[:, None]
-    codes_Cw = ((w_Cw - low_C[:, None]) / steps_C1).round().clamp(0, LEVELS)
-    return values, codes_Cw.to(torch.uint8)
-
-
-def _towards(x: Tensor, end: float) -> Tensor:
-    """The bfloat16 number next to x in the direction of `end`, x itself where it is one; as float32."""
-    near = x.bfloat16()
-    short = near.float() > x if end < 0 else near.float() < x
-    ahead = torch.nextafter(near, torch.full_like(near, end))
-    return torch.where(short, ahead, near).float()
 
 
 def _nibbles(codes_Cw: Tensor) -> Tensor:

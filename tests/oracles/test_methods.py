@@ -22,6 +22,7 @@ SCHEDULED = ("gradual_magnitude", "fast_sparse_convnets", "rigl", "set", "decayi
 SCHEDULED += ("iss_p", "sparse_pretraining")
 SCHEDULED += ("lottery_jackpots", "g2gnet")
 HAND_OPTIONS = {name: {"total_steps": 100, "every": 10} for name in SCHEDULED}
+HAND_OPTIONS["gqsa"] = {"pattern": "row"}  # its own groups are too few in small weights
 N_OF_M = ("sr_ste", "decaying_mask", "decaying_structure", "bdwp")  # their patterns fix the density
 
 
