@@ -16,14 +16,24 @@ from gossamer.core.stats import statistic
 
 from .columns import Choice, Span, Walk, walk
 from .hessian import factor
+from .row_grid import RowGrid
 
 
 def sparsegpt(
-    w: Tensor, stats: Stats, pattern: Pattern, budget: Budget, *, damping: float = 0.01, block: int = 128
+    w: Tensor,
+    stats: Stats,
+    pattern: Pattern,
+    budget: Budget,
+    *,
+    damping: float = 0.01,
+    block: int = 128,
+    bits: int | None = None,
+    symmetric: bool = False,
 ) -> tuple[Tensor, Support]:
     """New weights and their support, minimising ‖(W − Ŵ)X‖² greedily.
 
     For each column j: err = (w_j − ŵ_j)/U_jj, then w_l −= err·U_jl for every later column l, where UᵀU = (G+λI)⁻¹.
+    ŵ_j is 0 where cut, else w_j, rounded if bits are given: what rounding loses is made up for as cuts are.
     A unit is worth Σ w²/U_jj² over its tied entries, with w as compensated so far.
 
     Args:
@@ -33,8 +43,10 @@ def sparsegpt(
         budget: counts (Keep, Density) are exact over the layer; others are spent block by block.
         damping: λ as a share of the mean diagonal.
         block: columns between updates of everything to the right. Unit: columns.
+        bits, symmetric: kept weights are rounded to this grid of their row (`RowGrid`); None = not rounded.
 
     Raises:
+        BudgetError: bits are not from 2 to 8.
         CalibrationError: no Gram matrix, or one that no damping makes positive definite.
         NonFiniteError: the Gram matrix holds NaN or infinity; calibrate in float32.
 
@@ -51,7 +63,8 @@ def sparsegpt(
     w_KM = w.detach().flatten(1).t().to(exact).clone(memory_format=torch.contiguous_format)
     w_KM[dead_K] = 0
     plan = walk(pattern, w.shape, block=block, device=w.device)
-    sweep = _Sweep(w_KM, v_KK.to(exact), torch.zeros_like(w_KM), torch.zeros_like(w_KM), plan, resolve(budget))
+    grid = None if bits is None else RowGrid.of(w_KM, bits, symmetric=symmetric)
+    sweep = _Sweep(w_KM, v_KK.to(exact), torch.zeros_like(w_KM), torch.zeros_like(w_KM), plan, resolve(budget), grid)
     for span in plan.spans:
         sweep.block(span)
     support = Support((sweep.cut_KM == 0).t().reshape(w.shape))
@@ -86,6 +99,7 @@ class _Sweep:
         v_KK: upper triangular, VVᵀ = G + λI.
         change_KM: D, filled as blocks are walked.
         cut_KM: V_jj = 1/U_jj where an entry is cut, 0 where it is kept; filled as choices fall due.
+        grid: what kept weights are rounded to, or None.
     """
 
     w_KM: Tensor
@@ -94,6 +108,7 @@ class _Sweep:
     cut_KM: Tensor
     plan: Walk
     budget: Budget
+    grid: RowGrid | None
 
     def block(self, span: Span) -> None:
         # Three levels (column, a few columns, block) turn most rank-one updates into matrix products.
@@ -116,7 +131,15 @@ class _Sweep:
                 self.choose(now_EM, choice, a)
             e = j - a
             torch.mul(now_EM[e], self.cut_KM[j], out=err_BM[e])
+            if self.grid is not None:
+                self.round(now_EM[e], err_BM[e], j)
             now_EM[e + 1 : stop].addr_(u_EE[e, e + 1 : stop], err_BM[e], alpha=-1)
+
+    def round(self, now_M: Tensor, err_M: Tensor, j: int) -> None:
+        """Kept weights of column j go to the grid; what that changes joins the error."""
+        new_M = self.grid.rounded(now_M)  # type: ignore[union-attr]
+        err_M += torch.where(self.cut_KM[j] == 0, (now_M - new_M) * self.v_KK[j, j], 0)
+        now_M.copy_(new_M)
 
     def choose(self, now_EM: Tensor, choice: Choice, start: int) -> None:
         cols = choice.index

@@ -22,8 +22,12 @@ def naive_sparsegpt(
     damping: float = 0.01,
     block: int = 128,
     threshold: bool = False,
+    bits: int | None = None,
 ) -> Tensor:
-    """New weights. `group` = (kept, of). `threshold` = the official cut, which keeps one entry less per block."""
+    """New weights. `group` = (kept, of). `threshold` = the official cut, which keeps one entry less per block.
+
+    `bits`: kept weights are rounded to their row's range in so many bits, zero included, before the next column's turn.
+    """
     w, h = w.clone(), gram.clone().to(w.dtype)
     dead = h.diagonal() == 0
     mean = h.diagonal()[~dead].mean()
@@ -33,6 +37,10 @@ def naive_sparsegpt(
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     u = torch.linalg.cholesky(inverse, upper=True)
     columns = w.shape[1]
+    if bits is not None:
+        least, most = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
+        scale = (most - least) / (2**bits - 1)
+        zero = (-least / scale).round()
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         part, diagonal = w[:, start:stop].clone(), u[start:stop, start:stop]
@@ -45,6 +53,8 @@ def naive_sparsegpt(
                 worth = part[:, j : j + group[1]] ** 2 / diagonal.diagonal()[j : j + group[1]] ** 2
                 cut[:, j : j + group[1]] = _lowest(worth, group[1] - group[0])
             new = part[:, j].clone()
+            if bits is not None:
+                new = (scale * ((new / scale).round() + zero).clamp(0, 2**bits - 1)) - scale * zero
             new[cut[:, j]] = 0
             errors[:, j] = (part[:, j] - new) / diagonal[j, j]
             part[:, j:] -= errors[:, j : j + 1].matmul(diagonal[j : j + 1, j:])

@@ -13,6 +13,7 @@ from gossamer.core import Density, Keep, get_method, hard, pattern, select
 from gossamer.core.errors import BudgetError, CalibrationError, NonFiniteError, PatternError
 from gossamer.methods.weights.sparsegpt import sparsegpt as method
 from gossamer.solve import sparsegpt
+from gossamer.solve.row_grid import RowGrid
 
 
 def problem(rows: int, columns: int, *, tokens: int | None = None, seed: int = 0, kind=torch.float64):
@@ -56,6 +57,38 @@ def test_groups_match_the_naive_procedure(kept, of, kind):
     torch.testing.assert_close(
         got, want.to(kind), rtol=1e-3 if kind == torch.float32 else 1e-9, atol=1e-4 if kind == torch.float32 else 1e-10
     )
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("group", [None, (2, 4)])
+def test_rounding_in_the_same_sweep_matches_the_naive_procedure(bits, group):
+    w, _, stats = problem(17, 272)
+    want = naive_sparsegpt(w, stats["gram"], group=group, bits=bits)
+    who, budget = (pattern("2:4"), Keep(2)) if group else (pattern("unstructured"), Density(0.5))
+    got, support = sparsegpt(w, stats, who, budget, bits=bits)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+    assert support.count == w.numel() // 2 and not got[~support.kept].any()
+    assert max(len(row.unique()) for row in got) <= 2**bits
+
+
+def test_one_solve_loses_less_than_rounding_afterwards():
+    w, x, stats = problem(24, 96)
+    whole, support = sparsegpt(w, stats, pattern("unstructured"), Density(0.8))
+    after = torch.stack([RowGrid.of(w.T, 3).rounded(column) for column in whole.T], 1) * support.kept
+    together, _ = sparsegpt(w, stats, pattern("unstructured"), Density(0.8), bits=3)
+    assert loss(w, whole, x) < loss(w, together, x) < 0.9 * loss(w, after, x)
+
+
+def test_symmetric_grids_have_as_many_values_on_both_sides():
+    w, _, stats = problem(6, 64)
+    got, _ = method(density=0.5, bits=8, symmetric=True).apply(w, stats)
+    codes = got / (w.abs().amax(1, keepdim=True) / 127)
+    assert (codes - codes.round()).abs().max() < 1e-9 and codes.abs().max() <= 127 + 1e-9
+    for bits in (1, 9):
+        with pytest.raises(BudgetError, match="2 to 8 bits"):
+            method(bits=bits)
+    dead = torch.zeros_like(w)
+    assert not method(bits=4).apply(dead, stats)[0].any()
 
 
 def brute_force_row(w, h, cut):
