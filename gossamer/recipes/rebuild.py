@@ -114,8 +114,8 @@ class Rebuild:
             apply(arrival.target, stats) if self.order == "layer" else later.append((arrival.target, stats))
 
         batches = [{**_masks_of(c.batch), "call": c} for c in calls]
-        with self.how.products(next(self.model.parameters()).device):
-            self._unreached += stream(_Through(self.model), batches, self.blocks[block], visit) if calls else []
+        if calls:
+            self._unreached += stream(_Through(self.model, self.how), batches, self.blocks[block], visit)
         for target, stats in later:
             apply(target, stats)
         return masks
@@ -153,14 +153,15 @@ class Rebuild:
 
 
 class _Through(nn.Module):
-    """A block's call as a model of its own, in which layers keep their names."""
+    """A block's call as a model of its own, where layers keep their names. Solvers, outside, keep their precision."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, how: Reconstruct) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.how = model, how
 
     def forward(self, call: Call, **_: object) -> object:
-        return call.run()
+        with self.how.products(next(self.model.parameters()).device):
+            return call.run()
 
     def get_submodule(self, target: str) -> nn.Module:
         return self.model.get_submodule(target)

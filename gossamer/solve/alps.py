@@ -17,7 +17,7 @@ from gossamer.core.stats import statistic
 
 from .spectrum import Spectrum, spectrum
 
-EVERY, SETTLED, SHORTEST = 3, 3e-4, 30  # iterations between looks; share of the support still moving; first stop
+SETTLED, LOOKS = 3e-4, 10  # it may stop when no more of the support moves, after so many looks
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # above this share of change, ρ grows by that factor
 START, DROP = 0.1, 5.0
 Choose = Callable[[Tensor], Tensor]
@@ -31,6 +31,7 @@ def alps(
     *,
     damping: float = 0.01,
     iterations: int = 300,
+    every: int = 3,
     refit: int = 10,
 ) -> tuple[Tensor, Support]:
     """New weights and their support, minimising ‖(W − B)X‖² + λ‖W − B‖² over both.
@@ -46,6 +47,8 @@ def alps(
         budget: spent on the whole layer at once.
         damping: λ as a share of the mean diagonal of the Gram matrix.
         iterations: of ADMM at most; it stops sooner once the support has settled.
+        every: iterations between two looks at the support, after which ρ grows. 2 takes a third off the time and costs
+            less than 1 % of the error on layers of SmolLM2; 1 takes half and costs up to 4 %.
         refit: steps of conjugate gradients at the end; 0 leaves ADMM's values.
 
     Raises:
@@ -69,7 +72,7 @@ def alps(
     def choose(b_MK: Tensor) -> Tensor:
         return select(b_MK.square().view(w.shape), pattern, resolve(budget)).kept.view_as(b_MK)
 
-    sparse_MK, kept_MK = _admm(scaled_MK, s, choose, iterations)
+    sparse_MK, kept_MK = _admm(scaled_MK, s, choose, iterations, every)
     new_MK = conjugate_gradients(sparse_MK, scaled_MK, s.h_KK, kept_MK, refit) / s.scale_K
     return new_MK.view(w.shape).to(w.dtype), Support(kept_MK.view(w.shape))
 
@@ -92,7 +95,7 @@ class _Penalty:
         self.rho *= next(factor for above, factor in GROWTH if change >= above)
 
 
-def _admm(w_MK: Tensor, s: Spectrum, choose: Choose, iterations: int) -> tuple[Tensor, Tensor]:
+def _admm(w_MK: Tensor, s: Spectrum, choose: Choose, iterations: int, every: int) -> tuple[Tensor, Tensor]:
     """D and its support; scaled weights in, scaled weights out."""
     target_MK, penalty = w_MK @ s.h_KK, _Penalty()
     d_MK, v_MK = w_MK, torch.zeros_like(w_MK)
@@ -104,11 +107,11 @@ def _admm(w_MK: Tensor, s: Spectrum, choose: Choose, iterations: int) -> tuple[T
         kept_MK = choose(free_MK)
         d_MK = free_MK * kept_MK
         v_MK = v_MK.add_(b_MK - d_MK, alpha=rho)
-        if step % EVERY:
+        if step % every:
             continue
         change = float((kept_MK ^ looked_MK).sum() / (2 * kept_MK.sum().clamp(min=1)))
         looked_MK = kept_MK
-        if step >= SHORTEST and change < SETTLED:
+        if step >= LOOKS * every and change < SETTLED:
             break
         if penalty.restart(change):
             d_MK, v_MK = w_MK, torch.zeros_like(w_MK)

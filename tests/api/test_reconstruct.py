@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -209,6 +210,18 @@ def test_a_killed_run_goes_on_from_its_last_finished_block(at, tmp_path):
     assert any(r.resumed for r in report.layers) == (at > 1)
     with pytest.raises(TargetError, match="reconstruct"):
         prune(Net(), "wanda", workdir=tmp_path, **{**options, "reconstruct": Reconstruct(epochs=1)})
+
+
+def test_low_precision_ends_where_solvers_begin():
+    def score(w: Tensor, stats: dict[str, Tensor]) -> Tensor:
+        assert not torch.is_autocast_enabled("cpu") and stats["gram"].dtype == torch.float32
+        asked.append((w @ stats["gram"]).dtype)
+        return w.abs()
+
+    asked: list[torch.dtype] = []
+    sparsifier = replace(gossamer.get_method("wanda")(density=0.5), score=score, needs=("gram",))
+    prune(llama(), sparsifier, data=tokens(3), reconstruct=Reconstruct(epochs=1))
+    assert set(asked) == {torch.float32} and len(asked) == 14
 
 
 def test_half_types_and_modes_are_given_back():

@@ -54,6 +54,13 @@ def test_groups_match_the_naive_twin(kept, of):
     torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
 
 
+def test_more_looks_end_sooner_and_cost_little():
+    w, _, stats = problem(32, 96)
+    h = damped(stats["gram"])
+    slow, fast = (loss(w, alps(w, stats, pattern("2:4"), Keep(2), every=n)[0], h) for n in (3, 2))
+    assert fast < 1.03 * slow
+
+
 def best_of_all(w, h, keep):
     """The least loss over every support of one row, by least squares on each."""
     costs = []
@@ -153,7 +160,7 @@ def test_thin_and_empty_layers(shape):
 
 def test_bad_input_is_refused_with_the_way_out():
     w, _, stats = problem(4, 8)
-    for options in ({"damping": 0}, {"iterations": 0}, {"refit": -1}):
+    for options in ({"damping": 0}, {"iterations": 0}, {"every": 0}, {"refit": -1}):
         with pytest.raises(BudgetError, match="try"):
             method(**options)
     with pytest.raises(BudgetError, match="damping"):

@@ -18,6 +18,7 @@ def alps(
     pattern: str | Pattern = "unstructured",
     damping: float = 0.01,
     iterations: int = 300,
+    every: int = 3,
     refit: int = 10,
 ) -> Sparsifier:
     """Minimise ‖(W − B)X‖² over sparse B: a free and a sparse copy of B are pulled together, then B is refitted.
@@ -30,6 +31,8 @@ def alps(
         pattern: who competes with whom. Give the budget to the whole matrix ("unstructured") where you can.
         damping: added to the Gram matrix's diagonal, as a share of its mean; > 0. 0.1 for few calibration tokens.
         iterations: at most; it stops when the support has settled, after about 30.
+        every: iterations between two looks at the support; after each the copies are pulled harder. 2 is a third
+            faster and hardly worse.
         refit: steps of conjugate gradients for the values on the final support.
 
     Raises:
@@ -45,10 +48,10 @@ def alps(
         Language Models, arXiv:2406.07831.
     Departs from: any pattern, not only matrices and N:M; see `gossamer.solve.alps`.
     """
-    if damping <= 0 or iterations < 1 or refit < 0:
+    if damping <= 0 or iterations < 1 or every < 1 or refit < 0:
         raise BudgetError(
-            f"alps needs damping > 0, iterations >= 1 and refit >= 0, got {damping}, {iterations} and {refit}; "
-            "try 0.01, 300 and 10"
+            f"alps needs damping > 0, iterations >= 1, every >= 1 and refit >= 0, got {damping}, {iterations}, {every} "
+            f"and {refit}; try 0.01, 300, 3 and 10"
         )
     who = read(pattern)
     return Sparsifier(
@@ -56,6 +59,6 @@ def alps(
         pattern=who,
         budget=budget_for(who, density, default=0.5),
         needs=("gram",),
-        solve=partial(solve, damping=damping, iterations=iterations, refit=refit),
+        solve=partial(solve, damping=damping, iterations=iterations, every=every, refit=refit),
         name="alps",
     )
