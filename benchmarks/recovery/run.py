@@ -158,9 +158,10 @@ def main() -> None:
         bench.recovered()
         return
     models = {"dense": lambda: load_model(MODEL), "SparseGPT 50 %": bench.pruned, "recovered": bench.recovered}
-    found, scores = {}, {}
+    newest_first = reversed(models.items())
+    found = {name: bench.once(f"judged-{name}", lambda make=make: judged(make())) for name, make in newest_first}
+    found, scores = {name: found[name] for name in models}, {}
     for name, make in models.items():
-        found[name] = bench.once(f"judged-{name}", lambda make=make: judged(make()))
         if options.zero_shot:
             again = lambda make=make: asked(make(), options.zero_shot)
             scores[name] = bench.once(f"zero-shot-{options.zero_shot}-{name}", again)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.errors import CalibrationError, TargetError
+from ..core.errors import CalibrationError, TargetError, need
 from ..core.files import whole_file, whole_folder
 from .screen import bar, emit, err, waiting
 from .stages import Pack, Recover, Stages
@@ -44,6 +44,7 @@ class Job:
         Raises:
             TargetError: it holds another recipe's job, or files of something else.
             CalibrationError: a stage has no text to read.
+            MissingDependency: it asks for zero-shot tasks, and lm-eval is not installed.
         """
         self._refuse_what_lacks_text()
         wanted = json.loads(json.dumps({**self.asked.job, **self.stages.to_dict()}))
@@ -65,6 +66,8 @@ class Job:
 
         if self.stages.evaluate is not None:
             held_out(self.asked, self.stages.evaluate)
+            if self.stages.evaluate.zero_shot:
+                need("lm_eval", "eval")
         if self.stages.recover is not None and not (self.stages.recover.data or self.asked.data):
             raise CalibrationError("recovery reads texts; give the recipe data:, or recover: a data: of its own")
 

@@ -35,14 +35,24 @@ def judged(asked: Recipe, how: Evaluate, spec: str, name: str) -> dict[str, obje
     with waiting(f"loading {spec}"):
         loaded = models.load(spec)
         _refuse_what_has_no_perplexity(loaded)
+        held = {"disk": disk_bytes(loaded.model), "memory": memory_bytes(loaded.model), "density": _density(loaded)}
         loaded.model.float()
         windows = _windows(asked, how, loaded)
     with bar(f"evaluating {name}") as progress:
         ppl = perplexity(loaded.model, windows, progress=lambda done, total: progress("", done, total))
     with waiting("writing samples"):
         texts = {prompt: _continued(loaded, prompt, how.tokens) for prompt in how.prompts}
-    held = {"disk": disk_bytes(loaded.model), "memory": memory_bytes(loaded.model), "density": _density(loaded)}
-    return {PPL: ppl, "texts": texts, "windows": list(windows.shape), **held}
+    asked_of = _asked(loaded, how.zero_shot) if how.zero_shot else {}
+    return {"quality": {PPL: ppl, **asked_of}, "texts": texts, "windows": list(windows.shape), **held}
+
+
+def _asked(loaded: Loaded, count: int) -> dict[str, float]:
+    """Zero-shot accuracies, by a label for the reader."""
+    from ..integrations.lm_eval import zero_shot
+
+    with waiting(f"asking {loaded.spec} without examples"):
+        found = zero_shot(loaded.model, loaded.tokenizer, count=count)  # type: ignore[arg-type]
+    return {f"{task} accuracy, {score.count} texts": score.accuracy for task, score in found.items()}
 
 
 def _refuse_what_has_no_perplexity(loaded: Loaded) -> None:
@@ -134,7 +144,7 @@ def _setting(job: Job, name: str, held: Mapping, size: tuple[int, int] | None):
     seconds += spent.get("recovered", 0.0) if name == "recovered" else 0.0
     disk, memory = size or (held["disk"], held["memory"])
     density = 1.0 if name == "dense" else held["density"]
-    return Setting(name, {PPL: held[PPL]}, PPL, None, disk, memory, density, seconds, False, "")
+    return Setting(name, held["quality"], PPL, None, disk, memory, density, seconds, False, "")
 
 
 def _packed(job: Job, name: str) -> tuple[list, tuple[int, int] | None]:

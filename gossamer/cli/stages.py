@@ -55,6 +55,7 @@ class Evaluate:
         windows, length: of the text from its beginning; length 0 = 1024, or what the model has positions for.
         prompts: texts to go on with, the likeliest token each time.
         tokens: of each continuation.
+        zero_shot: texts of each zero-shot task; 0 = none. Needs lm-eval.
     """
 
     data: str = ""
@@ -62,6 +63,7 @@ class Evaluate:
     length: int = 0
     prompts: tuple[str, ...] = ()
     tokens: int = 40
+    zero_shot: int = 0
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,28 @@ def test_a_wrong_stage_is_refused(gossamer, llama_folder, tmp_path, line, says):
     assert not (tmp_path / "o").exists()  # before any work
 
 
+def test_zero_shot_without_lm_eval_is_refused_before_any_work(gossamer, llama_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: {llama_folder}\nmethod: magnitude\nevaluate: {{data: {text_file}, zero_shot: 5}}\n")
+    result = gossamer("prune", "--recipe", file, "--out", tmp_path / "o")
+    assert result.exit_code == 4 and "gossamer[eval]" in result.stderr and not (tmp_path / "o").exists()
+
+
+def test_zero_shot_accuracies_stand_beside_the_perplexity(gossamer, llama_folder, text_file, tmp_path, monkeypatch):
+    from gossamer.integrations import lm_eval
+
+    score = lm_eval.ZeroShot(0.25, 0.1, 5, 0.5)
+    monkeypatch.setattr(lm_eval, "zero_shot", lambda model, tokenizer, count: {"trec": score})
+    monkeypatch.setitem(sys.modules, "lm_eval", lm_eval)  # anything that can be imported
+    file = tmp_path / "recipe.yaml"
+    how = f"{{data: {text_file}, windows: 1, length: 8, zero_shot: 5}}"
+    file.write_text(f"model: {llama_folder}\nmethod: magnitude\nevaluate: {how}\n")
+    held = record(gossamer("prune", "--recipe", file, "--out", tmp_path / "o", "--json"))
+    assert held["quality"]["pruned"]["trec accuracy, 5 texts"] == 0.25
+    assert "trec accuracy, 5 texts" in (tmp_path / "o" / "report.html").read_text()
+
+
 def test_bfloat16_is_recovered_in_float32_and_stored_as_it_came(gossamer, text_file, tmp_path):
     from transformers import AutoModelForCausalLM
 
