@@ -68,7 +68,8 @@ def gqsa(
     3. End to end (E2E-OQP), codes stay and scales and lowest values learn the dense model's answers.
 
     Args:
-        model: a causal language model, or any that returns logits (for stage 3) and has a list of blocks (for stage 2).
+        model: a causal language model in float32, or any that returns logits (for stage 3) and has a list of blocks
+            (for stage 2). Pack before you convert it: bfloat16 cannot hold what lies on the grid.
         data: batches of equal length without padding, such as {"input_ids": ids}; they run through the model as one
             batch in stage 2, so memory grows with their number.
         density, pattern, bits, width: as for the method.
@@ -81,7 +82,7 @@ def gqsa(
 
     Raises:
         CalibrationError: no data, texts of unequal length, or padding among them.
-        TargetError: the model has no blocks, or gives no logits for stage 3.
+        TargetError: a weight is not in float32, the model has no blocks, or it gives no logits for stage 3.
         BudgetError: epochs, rates or batch out of range.
 
     Example:
@@ -98,6 +99,8 @@ def gqsa(
     whole = _one_batch(data)
     dense = copy.deepcopy(model).eval().requires_grad_(False)
     found = find(model, tuple(targets), tuple(skip)).targets
+    if any(t.weight(model).dtype != torch.float32 for t in found):
+        raise TargetError("bfloat16 and float16 cannot hold weights on a grid of 4 bits; call model.float() first")
     blocks = blocks_of(model, found)
     if epochs and not blocks:
         raise TargetError("the model has no list of blocks to train one by one; pass epochs=0")

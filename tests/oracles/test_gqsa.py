@@ -197,6 +197,17 @@ def test_the_same_seed_gives_the_same_weights_and_modes_come_back():
     assert all(((m.weight != 0).view(-1, 4).sum(1) <= 2).all() for m in layers(first).values())
 
 
+def test_layers_that_store_their_weight_transposed():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=2, n_positions=32)
+    model = transformers.GPT2LMHeadModel(config)
+    report = gqsa(model, windows(), epochs=2, end_epochs=1, **FAST)
+    weight = model.transformer.h[1].mlp.c_fc.weight.detach().t().contiguous()
+    stored = Int4Groups.from_dense(weight)
+    assert stored.density == 0.5 and torch.equal(stored.to_dense(), weight)
+    assert all(after < before for before, after in report.blocks.values())
+
+
 def test_refusals():
     with pytest.raises(CalibrationError, match="no calibration batch"):
         gqsa(llama(), [])
@@ -205,6 +216,8 @@ def test_refusals():
     padded = {"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.tensor([[0, 1, 1, 1]])}
     with pytest.raises(CalibrationError, match="padding"):
         gqsa(llama(), [padded])
+    with pytest.raises(TargetError, match="call model"):
+        gqsa(llama().bfloat16(), windows())
     with pytest.raises(BudgetError, match="rates > 0"):
         gqsa(llama(), windows(), lr=0)
     with pytest.raises(TargetError, match="no list of blocks"):
