@@ -43,6 +43,7 @@ def section(m: Method) -> str:
     call = f"```python\n{m.name}({', '.join(_parameters(m))})\n```"
     trains = "It prunes while a model trains: `gossamer.attach`." if required(m) else ""
     trains = "It fine-tunes a frozen model: `gossamer.adapt`." if m.site == "delta" else trains
+    trains = "It fine-tunes a frozen model by what it puts into its layers." if m.site == "attention" else trains
     body = [f"## {m.name}", call, trains, *_parts(inspect.getdoc(m.build) or "")]
     return "\n\n".join(part for part in body if part) + "\n"
 

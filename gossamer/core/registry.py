@@ -11,7 +11,11 @@ from .errors import TargetError, UnknownName, near, unknown
 
 # What a site's methods build: "weight" a Sparsifier, "delta" an Adapter (a room above knows that one).
 Build = Callable[..., Any]
-VERBS = {"weight": "gossamer.prune or gossamer.attach", "delta": "gossamer.adapt"}
+VERBS = {
+    "weight": "gossamer.prune or gossamer.attach",
+    "delta": "gossamer.adapt",
+    "attention": "its build(...).on(model)",
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Method:
         name: what users call it.
         build: the function that returns its Sparsifier, or its Adapter.
         paper: "arXiv:…" or a citation.
-        site: what it makes sparse: "weight", or "delta", the change of a frozen weight.
+        site: what it makes sparse: "weight", "delta", the change of a frozen weight, or "attention".
         row: its row in the method book, such as "P036", or "".
     """
 
