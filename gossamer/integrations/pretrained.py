@@ -60,8 +60,8 @@ def save_pretrained(
 
     Raises:
         UnknownName: no such format.
-        TargetError: not a model of transformers, masks still attached, weights quantised by somebody else, or packed
-            layers that dense weights do not describe (4-bit ones); use `gossamer.save`.
+        TargetError: not a model of transformers, masks still attached, no values yet, weights quantised by somebody
+            else, or packed layers that dense weights do not describe (4-bit ones); use `gossamer.save`.
         FormatError: "sparse-24-bitmask" of a sparse layer that keeps more than 2 of 4; the layer is named.
         GossamerError: the folder holds something else, or the disk is full; nothing is left behind.
 
@@ -98,6 +98,8 @@ def _refuse(model: nn.Module, path: Path) -> None:
         raise TargetError(
             f"save_pretrained takes models of transformers, got {type(model).__name__}; use gossamer.save"
         )
+    if on_meta := [name for name, t in model.state_dict().items() if t.is_meta]:
+        raise TargetError(f"{len(on_meta)} tensors are on the meta device ({on_meta[0]} ...) and have no values")
     if path.is_file():
         raise GossamerError(f"{path} is a file; save_pretrained writes a folder, so choose another name")
     if path.is_dir() and any(path.iterdir()) and not (path / shards.SIDECAR).exists():

@@ -136,6 +136,7 @@ def _example(path: Path, model: nn.Module) -> Example:
             "load_pretrained(folder, example=...) what the model will be called with, or dense=True"
         )
     length = min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS)
-    ids_BT = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    words = config.get_text_config().vocab_size
+    ids_BT = torch.randint(words, (1, length), generator=torch.Generator().manual_seed(0))
     encoded = {"decoder_input_ids": ids_BT} if getattr(config, "is_encoder_decoder", False) else {}
     return {"input_ids": ids_BT, **encoded}

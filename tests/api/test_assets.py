@@ -24,6 +24,7 @@ import pytest
 import torch
 from torch import nn
 
+import gossamer
 import gossamer.data as data
 from gossamer.core.errors import AssetError, CalibrationError, UnknownName
 from gossamer.data import clients, registry, store
@@ -615,5 +616,11 @@ def test_smollm2_perplexity_and_saving(tmp_path):
     # Measured here on the first window; the first four give 23.24, as recorded before this code existed.
     windows = data.token_windows(tokenizer, data.wikitext2("test"), length=1024, count=1)
     assert data.perplexity(model, windows) == pytest.approx(13.82, abs=0.02)
-    model.save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors").is_file()
+    model.bfloat16().save_pretrained(tmp_path / "plain")
+    plain = (tmp_path / "plain" / "model.safetensors").stat().st_size
+    gossamer.prune(model, "magnitude", density=0.5)
+    folder = gossamer.save_pretrained(model, tmp_path / "packed", format="packed", tokenizer=tokenizer)
+    # A bit per entry and half of all values, but for the embedding, which is a fifth of the model and stays dense.
+    assert 0.64 * plain < (folder / "model.safetensors").stat().st_size < 0.67 * plain
+    back = gossamer.load_pretrained(folder, dense=True).state_dict()
+    assert all(torch.equal(w, back[name]) for name, w in model.state_dict().items())

@@ -236,6 +236,8 @@ def test_what_cannot_be_saved_so_is_refused(tmp_path):
         gossamer.save_pretrained(model, tmp_path / "m", format="paked")
     with pytest.raises(TargetError, match=r"gossamer\.save"):
         gossamer.save_pretrained(torch.nn.Linear(2, 2), tmp_path / "m")
+    with torch.device("meta"), pytest.raises(TargetError, match="meta device"):
+        gossamer.save_pretrained(MAKE["llama"](), tmp_path / "m")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     with pytest.raises(GossamerError, match="choose a new folder"):
