@@ -15,6 +15,9 @@ METHODS = {
     "s2ft": {"density": 0.2},
     "sara": {"threshold": 0.01, "again": 3, "nuclear": 0.01},
     "pst": {"total_steps": 6, "density": 0.5, "rank": 2},
+    "gs_lora": {"rank": 2, "strength": 1.0},
+    "loca": {"coefficients": 6},
+    "sparse_spectral": {"rank": 2, "every": 2},
 }
 
 
