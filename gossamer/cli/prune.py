@@ -38,6 +38,10 @@ def prune(
     sequential: Annotated[
         str, typer.Option(help="layer or block: what is still dense while its inputs are measured; the method's own.")
     ] = "",
+    reconstruct: Annotated[
+        int | None,
+        typer.Option(help="Epochs in which each pruned block is trained back to the dense one; 0, 3 is good."),
+    ] = None,
     data: Annotated[str, typer.Option(help="Calibration text: a file, asset:wikitext2, asset:movie-reviews.")] = "",
     samples: Annotated[int | None, typer.Option(help="Calibration texts or windows; 128.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per window, or where a text is cut; 512.")] = None,
@@ -66,7 +70,7 @@ def prune(
     held = recipes.read(recipe) if recipe else {}
     flags = {
         **{"model": model, "method": method, "sparsity": sparsity, "density": density, "pattern": pattern},
-        **{"regroup": regroup or None, "sequential": sequential},
+        **{"regroup": regroup or None, "sequential": sequential, "reconstruct": reconstruct},
         **{"data": data, "samples": samples, "length": length, "batch": batch, "seed": seed},
         **{"targets": tuple(targets or ()), "skip": tuple(skip or ()), "allocation": allocation},
         **{"workdir": workdir, "out": out, "options": recipes.options(option or ())},
@@ -110,24 +114,28 @@ def _sparsifier(asked: Recipe) -> Sparsifier:
             "or take a one-shot method here"
         )
     if _reads(asked, sparsifier) and not asked.data:
-        who = (
-            f"method {asked.method!r} scores weights"
-            if sparsifier.needs
-            else f"allocation {asked.allocation!r} measures layers"
+        raise CalibrationError(
+            f"{_reader(asked, sparsifier)} by their inputs; give --data TEXTFILE or --data asset:wikitext2"
         )
-        raise CalibrationError(f"{who} by their inputs; give --data TEXTFILE or --data asset:wikitext2")
     return sparsifier
 
 
 def _reads(asked: Recipe, sparsifier: Sparsifier) -> bool:
     from ..recipes.allocate import MEASURED
 
-    return bool(sparsifier.needs) or asked.allocation in MEASURED
+    return bool(sparsifier.needs or asked.reconstruct) or asked.allocation in MEASURED
+
+
+def _reader(asked: Recipe, sparsifier: Sparsifier) -> str:
+    if sparsifier.needs:
+        return f"method {asked.method!r} scores weights"
+    return "reconstruction trains blocks" if asked.reconstruct else f"allocation {asked.allocation!r} measures layers"
 
 
 def run(asked: Recipe, sparsifier: Sparsifier) -> tuple[PruneReport, int]:
     """Load, prune and save; the report, and how many layers an earlier run had finished."""
     from ..recipes.prune import prune as prune_model
+    from ..recipes.reconstruct import Reconstruct
     from . import calibration, models
 
     workdir = Path(str(asked.workdir))
@@ -145,6 +153,7 @@ def run(asked: Recipe, sparsifier: Sparsifier) -> tuple[PruneReport, int]:
             skip=asked.skip,
             regroup=asked.regroup,
             sequential=asked.sequential,
+            reconstruct=Reconstruct(epochs=asked.reconstruct) if asked.reconstruct else None,
             allocation=asked.allocation,
             workdir=workdir,
             progress=progress,

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..core.errors import GossamerError, unknown
 
 OPPOSITE = {"density": "sparsity", "sparsity": "density"}
-HOW_MANY = ("samples", "length", "batch", "seed")
+HOW_MANY = ("samples", "length", "batch", "seed", "reconstruct")
 FRACTIONS = ("density", "sparsity")
 LISTS = ("targets", "skip")
 STAGES = ("recover", "evaluate", "pack")
@@ -26,6 +26,7 @@ class Recipe:
         pattern: a name or an expression; None = the method's own.
         regroup: patterns that tie rows choose which rows they tie.
         sequential: "layer" or "block": what is still dense while its statistics are taken; None = the method's own.
+        reconstruct: epochs in which each pruned block is trained back towards the dense one, with `data`; 0 = none.
         data: text file or "asset:NAME"; needed by methods that look at activations.
         samples, length, batch, seed: of the calibration data; see `calibration.batches`.
         targets, skip: glob patterns of layers.
@@ -42,6 +43,7 @@ class Recipe:
     pattern: str | None = None
     regroup: bool = False
     sequential: str | None = None
+    reconstruct: int = 0
     data: str | None = None
     samples: int = 128
     length: int | None = None

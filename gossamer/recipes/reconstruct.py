@@ -43,8 +43,8 @@ class Reconstruct:
     Departs from: both train on absolute errors; EBFT takes its targets from the pruned model's stream.
     """
 
-    epochs: int = 4
-    lr: float = 1e-3
+    epochs: int = 3
+    lr: float = 2e-3
     held_out: float = 0.125
     betas: tuple[float, float] = (0.9, 0.95)
     bfloat16: bool = True

@@ -22,6 +22,7 @@ PAGES = (
     "guide/kernels.md",
     "guide/machine.md",
     "guide/neighbours.md",
+    "guide/one-shot.md",
     "guide/pack.md",
     "guide/recovery.md",
     "guide/runtime.md",

@@ -164,6 +164,16 @@ def test_allocation_by_sensitivity_measures_with_data(gossamer, llama_folder, te
     assert len(set(zeros(tmp_path / "o").values())) > 1
 
 
+def test_blocks_are_reconstructed_when_asked_for(gossamer, llama_folder, text_file, tmp_path):
+    flags = ("--method", "magnitude", "--density", 0.5, "--reconstruct", 2, "--length", 16, "--samples", 8, "--batch", 2)
+    done = gossamer("prune", llama_folder, *flags, "--data", text_file, "--out", tmp_path / "out", "--json")
+    blocks = json.loads(done.stdout)["blocks"]
+    assert [name for name, _ in blocks] == ["model.layers.0", "model.layers.1"]
+    assert all(fit["after"] <= fit["before"] for _, fit in blocks)
+    refused = gossamer("prune", llama_folder, *flags, "--out", tmp_path / "other")
+    assert refused.exit_code and "reconstruction trains blocks" in refused.stderr + refused.stdout
+
+
 def test_an_encoder_is_calibrated_on_lines_packed_and_timed(gossamer, bert_folder, text_file, tmp_path):
     import gossamer as library
 
