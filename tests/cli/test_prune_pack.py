@@ -165,7 +165,8 @@ def test_allocation_by_sensitivity_measures_with_data(gossamer, llama_folder, te
 
 
 def test_blocks_are_reconstructed_when_asked_for(gossamer, llama_folder, text_file, tmp_path):
-    flags = ("--method", "magnitude", "--density", 0.5, "--reconstruct", 2, "--length", 16, "--samples", 8, "--batch", 2)
+    small = ("--length", 16, "--samples", 8, "--batch", 2)
+    flags = ("--method", "magnitude", "--density", 0.5, "--reconstruct", 2, *small)
     done = gossamer("prune", llama_folder, *flags, "--data", text_file, "--out", tmp_path / "out", "--json")
     blocks = json.loads(done.stdout)["blocks"]
     assert [name for name, _ in blocks] == ["model.layers.0", "model.layers.1"]
