@@ -55,6 +55,20 @@ def take_off(layer: nn.Module) -> None:
     layer.__class__ = type(layer).__mro__[2]
 
 
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise where weights are read as they stand, and what adapters add to them would be lost.
+
+    Raises:
+        TargetError: layers carry adapters.
+    """
+    adapted = [name for name, m in model.named_modules() if isinstance(m, Adapted)]
+    if adapted:
+        raise TargetError(
+            f"{len(adapted)} layers carry adapters ({', '.join(adapted[:3])}...); call merge() of their handle, if "
+            "they are to stay, and remove() first"
+        )
+
+
 @cache
 def _class(own: type[nn.Module]) -> type[nn.Module]:
     return type(f"Adapted{own.__name__}", (Adapted, own), {"__module__": __name__})

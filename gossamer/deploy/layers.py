@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..attach.adapted import Adapted
+from ..attach.adapted import refuse_adapters
 from ..attach.recurrent import RECURRENT
 from ..attach.targets import _is_conv1d
 from ..core.errors import FormatError, TargetError
@@ -118,12 +118,7 @@ def refuse_masks(model: nn.Module) -> None:
     Raises:
         TargetError: some do; call `handle.remove()` first.
     """
-    adapted = [name for name, m in model.named_modules() if isinstance(m, Adapted)]
-    if adapted:
-        raise TargetError(
-            f"{len(adapted)} layers carry adapters ({', '.join(adapted[:3])}...); call merge() of their handle, if "
-            "they are to stay, and remove() first"
-        )
+    refuse_adapters(model)
     masked = [name for name, m in model.named_modules() if hasattr(m, "parametrizations")]
     if masked:
         raise TargetError(

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
+from ..attach.adapted import refuse_adapters
 from ..core.errors import TargetError
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -95,8 +96,9 @@ def spaces(model: nn.Module, example: Tensor) -> list[Space]:
         example: an input, for shapes.
 
     Raises:
-        TargetError: the forward cannot be traced, or weights carry masks or other parametrizations.
+        TargetError: the forward cannot be traced, or weights carry masks, other parametrizations or adapters.
     """
+    refuse_adapters(model)
     masked = [n for n, m in model.named_modules() if parametrize.is_parametrized(m)]
     if masked:
         raise TargetError(f"layers {', '.join(masked[:3])} carry masks or parametrizations; call handle.remove() first")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.attach.adapted import refuse_adapters
 from gossamer.core.errors import DispatchError, GossamerError
 from gossamer.formats import Format, Int4Groups, TileBitmask
 from gossamer.kernels.cpu.int4decode import Int4Product
@@ -100,6 +101,7 @@ class Decoder:
         threads: threads of a product; torch's number when None.
 
     Raises:
+        TargetError: the model carries adapters; merge and remove them first.
         DispatchError: another architecture, dtype, device or size than these kernels serve; the message says which.
 
     Example:
@@ -116,6 +118,7 @@ class Decoder:
         threads: int | None = None,
     ) -> None:
         need_kernels("Decoder", "call the model itself, token by token")
+        refuse_adapters(model)
         config = _served(model)
         self.max_tokens = -(-max_tokens // 16) * 16
         self.vocabulary, self.position = config.vocab_size, 0

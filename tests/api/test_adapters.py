@@ -232,8 +232,14 @@ def test_what_is_refused():
     model, adapters = adapted("s2ft")
     with pytest.raises(TargetError, match="carries adapters already"):
         gossamer.adapt(model, "lora")
-    with pytest.raises(TargetError, match="carry adapters"):
-        gossamer.pack(model, batch(model))
+    for reads_weights in (
+        lambda: gossamer.pack(model, batch(model)),
+        lambda: gossamer.save(model, "nowhere"),
+        lambda: gossamer.rearrange(model, batch(model)),
+        lambda: gossamer.Decoder(model),
+    ):
+        with pytest.raises(TargetError, match="carry adapters"):
+            reads_weights()
     with pytest.raises(UnknownName, match="did you mean 'default'"):
         adapters.use("defautl")
     with pytest.raises(TargetError, match="called 'default' already"):
