@@ -14,7 +14,7 @@ from .folders import WORK, check_out, claim, clear
 from .screen import Json, bar, emit, waiting
 
 if TYPE_CHECKING:
-    from ..recipes.slicegpt import SliceReport
+    from ..recipes.slicing import SliceReport
 
 REPORT = "gossamer-slice.json"
 
@@ -23,7 +23,10 @@ def slice(
     model: Annotated[str, typer.Argument(help="Folder, packaged asset (see 'gossamer assets'), or hub id.")],
     data: Annotated[str, typer.Option(help="Calibration text: a file, asset:wikitext2, asset:movie-reviews.")],
     out: Annotated[Path, typer.Option(help="Folder to write; must be new unless --overwrite.")],
-    keep: Annotated[float, typer.Option(help="Fraction of the width to keep, up to 1.")] = 0.75,
+    keep: Annotated[float | None, typer.Option(help="Fraction of the width to keep, up to 1; 0.75.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Instead: as few columns per place as hold this fraction of its squares.")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration texts or windows.")] = 32,
     length: Annotated[int | None, typer.Option(min=1, help="Tokens per window, or where a text is cut; 512.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Calibration texts at once.")] = 8,
@@ -45,14 +48,14 @@ def slice(
 
     check_out(out, overwrite)
     how = {"samples": samples, "length": length, "batch": batch, "seed": seed}
-    job = {"model": model, "keep": keep, "data": data, **how}
+    job = {"model": model, "keep": keep, "energy": energy, "data": data, **how}
     workdir = workdir or out / WORK
     claim(workdir, job)
     with waiting(f"loading {model}"):
         loaded = models.load(model)
         batches = calibration.batches(loaded, data, **how)
     with bar("slicing") as progress:
-        report = slice_model(loaded.model, keep=keep, data=batches, workdir=workdir, progress=progress)
+        report = slice_model(loaded.model, keep=keep, energy=energy, data=batches, workdir=workdir, progress=progress)
     record = {"out": str(out), "job": job, **report.to_dict()}
     with waiting(f"writing {out}"), whole_folder(out) as draft:
         save(loaded.model, draft, tokenizer=loaded.tokenizer)
@@ -65,7 +68,7 @@ def _summary(report: SliceReport, out: Path) -> tuple[Table | str, ...]:
     drawn = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     least = min(report.places, key=lambda p: p.energy)
     rows = {
-        "width": f"{report.width_before} → {report.width} ({report.keep:.1%} kept)",
+        "width": f"{report.width_before} → {_widths(report)} ({report.keep:.1%} kept)",
         "parameters": f"{report.parameters_before / 1e6:.1f} → {report.parameters / 1e6:.1f} million",
         "multiplications": f"{report.products_before / 1e6:.1f} → {report.products / 1e6:.1f} million per token",
         "energy kept": f"{least.energy:.2%} at least, in {least.name}",
@@ -76,3 +79,8 @@ def _summary(report: SliceReport, out: Path) -> tuple[Table | str, ...]:
     for name, value in rows.items():
         drawn.add_row(name, value)
     return (drawn,)
+
+
+def _widths(report: SliceReport) -> str:
+    narrowest = min(p.width for p in report.places)
+    return f"{report.width}" if narrowest == report.width else f"{narrowest} to {report.width}"

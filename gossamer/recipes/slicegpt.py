@@ -5,10 +5,9 @@ Shape suffixes: N tokens, D the stream's own width, W its width after slicing.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,77 +15,20 @@ from torch import Tensor, nn
 
 from ..attach.calibrate import Arrival, Batch, stream
 from ..attach.journal import Journal, data_digest
-from ..core.errors import BudgetError, CalibrationError, NonFiniteError, TargetError
+from ..core.errors import CalibrationError, NonFiniteError, TargetError
 from ..core.sparsifier import require_finite
 from ..nn.sliced import close_joints, is_sliced, linear_weight, norm_width
 from ..nn.streams import Stack, stack_of
 from .pruning import Progress
+from .slicing import Cut, SliceReport, Turned
 from .turns import Site, enter, principal, settle, sites_of
-
-MULTIPLE = 8  # of widths: what vector units and GPUs like, and the official code's default
-
-
-@dataclass(frozen=True)
-class Turned:
-    """The stream at one place.
-
-    Args:
-        name: the place: before the first block, or behind one half of a block.
-        width: columns kept.
-        energy: fraction of the calibration tokens' Σ x² that they hold.
-        seconds: statistics and eigenvectors.
-        resumed: taken from an earlier run's journal.
-    """
-
-    name: str
-    width: int
-    energy: float
-    seconds: float
-    resumed: bool = False
-
-
-@dataclass(frozen=True)
-class SliceReport:
-    """What `slice` did.
-
-    Args:
-        width_before: of the residual stream.
-        width: the same now.
-        places: where the stream was turned and cut.
-        parameters_before, parameters: of the whole model, tied ones once.
-        products_before, products: multiplications per token in the linear layers.
-        tokens: real tokens that it was calibrated with.
-    """
-
-    width_before: int
-    width: int
-    places: tuple[Turned, ...]
-    parameters_before: int
-    parameters: int
-    products_before: int
-    products: int
-    tokens: int
-    seconds: float
-
-    @property
-    def keep(self) -> float:
-        """Fraction of the stream's columns kept."""
-        return self.width / self.width_before
-
-    @property
-    def resumed(self) -> int:
-        """Places taken over from an earlier run."""
-        return sum(p.resumed for p in self.places)
-
-    def to_dict(self) -> dict[str, object]:
-        """JSON-ready."""
-        return {**asdict(self), "keep": self.keep, "resumed": self.resumed}
 
 
 def slice(
     model: nn.Module,
     *,
-    keep: float = 0.75,
+    keep: float | None = None,
+    energy: float | None = None,
     data: Iterable[Batch],
     workdir: str | Path | None = None,
     progress: Progress | None = None,
@@ -106,9 +48,11 @@ def slice(
     Args:
         model: of transformers, Llama, Mistral, Qwen2, Qwen3, SmolLM3, Gemma, Phi-3, Starcoder2, OPT, GPT-2, ViT,
             BERT or RoBERTa blocks, whatever its head; `gossamer.save` and `load` know its new shapes.
-        keep: fraction of the stream's columns to keep, above 0 and up to 1; the width is rounded down to a multiple of
-            8. At 1 the model is rotated and computes what it did before. The shortcuts cost W² each, so that little is
-            won above 0.85.
+        keep: fraction of the stream's columns to keep, above 0 and up to 1; 0.75 unless said. The width is rounded down
+            to a multiple of 8. At 1 the model is rotated and computes what it did before. The shortcuts cost W² each,
+            so that little is won above 0.85.
+        energy: instead of one width for all, each place keeps as few columns as hold this fraction of its Σ x², above
+            0 and up to 1, rounded up to a multiple of 8. A few huge columns can hold most of it: 0.999 is not much.
         data: calibration batches, as for `prune`; more tokens than the stream has columns.
         workdir: keep the bases found here; a run that was killed goes on with them (its forward passes run again).
         progress: called with (place, done, total).
@@ -118,7 +62,7 @@ def slice(
 
     Raises:
         TargetError: the model's blocks cannot be sliced, or hold masks or adapters; the message says what is missing.
-        BudgetError: keep lies outside (0, 1] or leaves fewer than 8 columns.
+        BudgetError: keep or energy lies outside (0, 1], both are given, or fewer than 8 columns would be left.
         CalibrationError: there are no more tokens than columns, or the model fails on them.
         NonFiniteError: a weight or the stream is NaN or infinite; the place is named.
 
@@ -139,14 +83,14 @@ def slice(
     stack, batches = stack_of(model), list(data)
     before = _parameters(model), _products(model)
     wide = _width(stack)
-    width = _kept(wide, keep)
+    cut = Cut.of(wide, keep, energy)
     _check(model, batches)
-    journal = Journal(workdir, _identity(model, stack, width, batches)) if workdir is not None else None
-    run = _Run(model, stack, width, journal, progress)
+    journal = Journal(workdir, _identity(model, stack, cut, batches)) if workdir is not None else None
+    run = _Run(model, stack, cut, journal, progress)
     run.go(batches)
     return SliceReport(
         wide,
-        width,
+        max(p.width for p in run.places),
         tuple(run.places),
         before[0],
         _parameters(model),
@@ -161,20 +105,6 @@ def _width(stack: Stack) -> int:
     return norm_width(stack.blocks[0].get_submodule(stack.family.halves[0].norm))
 
 
-def _kept(wide: int, keep: float) -> int:
-    """keep · D, rounded down to a multiple of 8; D itself for keep = 1."""
-    if not 0 < keep <= 1:
-        raise BudgetError(f"keep is the fraction of columns to keep, above 0 and up to 1; got {keep}")
-    if keep == 1:
-        return wide
-    width = math.floor(keep * wide) // MULTIPLE * MULTIPLE
-    if not width:
-        raise BudgetError(
-            f"keep={keep} leaves fewer than {MULTIPLE} of {wide} columns; keep at least {MULTIPLE / wide:.3f}"
-        )
-    return width
-
-
 def _check(model: nn.Module, batches: list[Batch]) -> None:
     if not batches:
         raise CalibrationError("slice finds the axes that matter from data; pass data= (calibration batches)")
@@ -184,8 +114,8 @@ def _check(model: nn.Module, batches: list[Batch]) -> None:
         require_finite(p.detach(), f"parameter {name!r}")
 
 
-def _identity(model: nn.Module, stack: Stack, width: int, batches: list[Batch]) -> dict[str, object]:
-    what = {"method": "slicegpt", "model": type(model).__name__, "blocks": len(stack.blocks), "width": width}
+def _identity(model: nn.Module, stack: Stack, cut: Cut, batches: list[Batch]) -> dict[str, object]:
+    what = {"method": "slicegpt", "model": type(model).__name__, "blocks": len(stack.blocks), **asdict(cut)}
     return {**what, "data": data_digest(batches)}
 
 
@@ -202,9 +132,9 @@ class _Run:
     """One call of `slice`: from place to place along the stream."""
 
     def __init__(
-        self, model: nn.Module, stack: Stack, width: int, journal: Journal | None, progress: Progress | None
+        self, model: nn.Module, stack: Stack, cut: Cut, journal: Journal | None, progress: Progress | None
     ) -> None:
-        self.model, self.stack, self.width = model, stack, width
+        self.model, self.stack, self.cut = model, stack, cut
         self.journal, self.progress = journal, progress
         self.tables = stack.tables(model)
         self.places: list[Turned] = []
@@ -230,9 +160,10 @@ class _Run:
             settle(self.open.pop(0), self.tables)
         values_D, q_DW, resumed = self._basis(site, arrival)
         enter(site, self.stack.family, q_DW)
-        energy = float(values_D[: self.width].sum() / values_D.sum().clamp_min(1e-300))
+        width = q_DW.shape[1]
+        energy = float(values_D[:width].sum() / values_D.sum().clamp_min(1e-300))
         name = site.target.name.removesuffix(".turn")
-        self.places.append(Turned(name, self.width, energy, time.perf_counter() - began, resumed))
+        self.places.append(Turned(name, width, energy, time.perf_counter() - began, resumed))
         if self.progress is not None:
             self.progress(name, len(self.places), self.total)
 
@@ -242,7 +173,8 @@ class _Run:
         if self.journal is not None and self.journal.finished(name):
             q_DW = self.journal.read(name, site.stamp)
             return self.journal.mapped(name, kind="spectrum"), q_DW, True
-        values_D, q_DW = principal(self._gram(site, arrival), self.width)
+        values_D, axes_DD = principal(self._gram(site, arrival))
+        q_DW = axes_DD[:, : self.cut.width_for(values_D)].contiguous()
         if self.journal is not None:
             self.journal.write(name, values_D, kind="spectrum")
             self.journal.write(name, q_DW, of=site.stamp)

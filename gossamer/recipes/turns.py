@@ -167,7 +167,7 @@ def _settle_entry(site: Site, tables: Sequence[nn.Embedding]) -> None:
         block.entry = shortcut(map_WD, like=linear_weight(site.after.readers[0]))
 
 
-def principal(gram_DD: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of a Gram matrix, largest first, and the eigenvectors of the first `width`: [D], [D, W]."""
+def principal(gram_DD: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of a Gram matrix, largest first, and the eigenvectors as columns: [D], [D, D]."""
     values_D, vectors_DD = torch.linalg.eigh(gram_DD)
-    return values_D.flip(0).clamp_min(0), vectors_DD.flip(1)[:, :width].contiguous()
+    return values_D.flip(0).clamp_min(0), vectors_DD.flip(1)

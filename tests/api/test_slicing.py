@@ -120,6 +120,26 @@ def test_generation_with_a_cache_and_recorded_states_work_as_before():
     assert torch.equal(with_cache, without)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_each_place_keeps_what_holds_the_energy_asked_for(kind, tmp_path):
+    fractions, places = (0.9, 0.97, 0.99, 0.997), []
+    for energy in fractions:
+        model = build(kind)
+        report = gossamer.slice(model, energy=energy, data=batches())
+        widths = [p.width for p in report.places]
+        assert report.width == max(widths) and report.keep == pytest.approx(sum(widths) / len(widths) / WIDE)
+        assert all(p.energy >= energy and p.width % 8 == 0 for p in report.places)
+        places.append(widths)
+    assert any(len(set(widths)) > 1 for widths in places)
+    assert all(sum(fewer) <= sum(more) for fewer, more in zip(places, places[1:])) and sum(places[0]) < sum(places[-1])
+    gossamer.save(model, tmp_path / "ragged")
+    assert torch.equal(output(gossamer.load(tmp_path / "ragged")), output(model))
+    whole = build(kind)
+    before = output(whole)
+    assert gossamer.slice(whole, energy=1.0, data=batches()).width == WIDE
+    torch.testing.assert_close(output(whole), before, rtol=1e-4, atol=1e-4)
+
+
 def test_a_vision_transformer_is_sliced_too(tmp_path):
     sizes = {**SIZES, "image_size": 16, "patch_size": 4, "num_labels": 5}
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)).eval()
@@ -224,6 +244,9 @@ def test_bad_input_is_refused_before_anything_changes():
     for keep in (0.0, 1.1, 0.1):
         with pytest.raises(BudgetError, match="keep"):
             gossamer.slice(model, keep=keep, data=batches())
+    for both in ({"energy": 0.0}, {"energy": 1.5}, {"keep": 0.5, "energy": 0.9}):
+        with pytest.raises(BudgetError, match="energy"):
+            gossamer.slice(model, **both, data=batches())
     with pytest.raises(CalibrationError, match="pass data="):
         gossamer.slice(model, data=[])
     with pytest.raises(CalibrationError, match="32 calibration tokens"):
