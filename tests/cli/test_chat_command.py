@@ -189,3 +189,22 @@ def test_one_json_object_even_without_questions(llama_folder):
 
     run = CliRunner().invoke(app, ["chat", str(llama_folder), "--json"], input="")
     assert run.exit_code == 0 and json.loads(run.stdout)["turns"] == []
+
+
+def test_who_types_may_go_on_after_a_refusal(llama_folder, monkeypatch, capsys):
+    from gossamer.cli import chat as command
+
+    lines = iter(["word4", " ".join(WORDS * 2), "word7"])
+
+    def typed(prompt):
+        assert prompt == "> "
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    command.chat(str(llama_folder), None, 3, 64, 0.0, 0, None, False)
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 2 and shown.err.count("start a new one") == 1
