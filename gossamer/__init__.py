@@ -22,6 +22,8 @@ __version__ = "0.1.0"
 # The rest loads on first use, so that `import gossamer` costs next to nothing beyond torch.
 _HOME = {
     "prune": "recipes.prune",
+    "prune_files": "recipes.prune_files",
+    "on_disk": "attach.shelf",
     "Reconstruct": "recipes.reconstruct",
     "compile": "runtime.compiled",
     "Decoder": "runtime.decoder",
@@ -50,9 +52,11 @@ __all__ = [
     "load_pretrained",
     "method",
     "methods",
+    "on_disk",
     "pack",
     "pattern",
     "prune",
+    "prune_files",
     "rearrange",
     "report_of",
     "save",

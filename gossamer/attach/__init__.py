@@ -9,6 +9,7 @@ from .journal import Journal
 from .masked import Masked
 from .meter import Flops
 from .report import LayerReport, TrainingReport
+from .spool import Spool
 from .spread import spread
 from .statistics import Collector
 from .targets import Found, Target, find
@@ -25,6 +26,7 @@ __all__ = [
     "Journal",
     "LayerReport",
     "Masked",
+    "Spool",
     "Target",
     "TrainingReport",
     "adapt",

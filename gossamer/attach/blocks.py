@@ -17,18 +17,19 @@ def blocks_of(model: nn.Module, targets: Sequence[Target]) -> dict[str, tuple[st
     """
     names = {t.name for t in targets}
     found: dict[str, tuple[str, ...]] = {}
-    for name in _entries(model, ""):
+    for name in entries_of_lists(model):
         inner = tuple(t.name for t in targets if t.name.startswith(f"{name}."))
         if inner and name not in names:
             found[name] = inner
     return found
 
 
-def _entries(module: nn.Module, path: str) -> list[str]:
+def entries_of_lists(module: nn.Module, path: str = "") -> list[str]:
+    """Names of the entries of the outermost lists of modules."""
     dotted = f"{path}." if path else ""
     if path and isinstance(module, nn.ModuleList):
         return [f"{dotted}{child}" for child, _ in module.named_children()]
-    return [name for child, inner in module.named_children() for name in _entries(inner, f"{dotted}{child}")]
+    return [name for child, inner in module.named_children() for name in entries_of_lists(inner, f"{dotted}{child}")]
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from greenlet import getcurrent
 from torch import Tensor, nn
 
 from ..core.errors import CalibrationError
-from .calibrate import real_tokens
-from .passes import Batch, Pass, advance, start, waiting
+from .batches import Batch
+from .padding import real_tokens
+from .passes import Pass, advance, start, waiting
 
 
 @dataclass(frozen=True)

@@ -11,21 +11,23 @@ layers are pruned, and each pass runs the block once more, so that the next one 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
-import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..core.errors import CalibrationError
+from ..core.ranks import ProcessGroup, least_over_ranks
+from .batches import Batch, check_tokens
 from .blocks import blocks_of
-from .passes import Batch, Pass, advance, start, waiting
+from .padding import real_tokens
+from .passes import Pass, advance, start, waiting
+from .shelf import shelf_of
+from .spool import Spool
 from .targets import Target
-
-# Keys and values of cross-attention in transformers' encoder-decoders: T5, BART and OPT-style, BERT.
-_CROSS = re.compile(r"(encoder_attn|EncDecAttention|crossattention).*\.(k|v|k_proj|v_proj|key|value)$")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def stream(
     leave: Callable[[Sequence[Target]], None] | None = None,
     *,
     sequential: str = "layer",
+    spool: Spool | None = None,
+    group: ProcessGroup | None = None,
 ) -> list[str]:
     """Run every batch through the model, calling `visit` at each target before it runs.
 
@@ -64,6 +68,9 @@ def stream(
             change: after each layer, or by blocks after each block, which runs again afterwards.
         sequential: "layer", or "block": what is seen unchanged while its own statistics are taken. A block is an entry
             of a list of modules (the outermost ones); layers outside of blocks stand for themselves.
+        spool: where activations wait on disk; None = they stay in memory.
+        group: processes that calibrate the same model together, each with its own batches: they visit the same layers
+            in the same order, with no inputs where none of their own batches came.
 
     Returns:
         Names of targets that no batch ever reached (such as experts never routed to).
@@ -72,36 +79,63 @@ def stream(
         CalibrationError: no batch was given, or the model's forward fails on one.
     """
     by_name = {t.name: t for t in targets}
-    order: dict[str, float] = {t.name: i for i, t in enumerate(targets)}
+    order: dict[str, tuple[float, ...]] = {t.name: (i,) for i, t in enumerate(targets)}
     blocks = blocks_of(model, targets) if sequential == "block" else {}
     within = {name for inner in blocks.values() for name in inner}
-    order |= {block: max(order[name] for name in inner) + 0.5 for block, inner in blocks.items()}
+    starts = _starts(model, targets)
+    order |= {block: (*max(order[name] for name in inner), 0.0) for block, inner in blocks.items()} | starts
     passes = [start(model, batch) for batch in batches]
+    check_tokens(model, [p.batch for p in passes])
     if not passes:
         raise CalibrationError("no calibration batch was given; pass data= as a list of batches")
     by_run = {p.run: p for p in passes}
     hooks = [t.module(model).register_forward_pre_hook(_pause(t.name, by_run), with_kwargs=True) for t in targets]
+    hooks += [
+        model.get_submodule(name[:-1]).register_forward_pre_hook(_pause(name, by_run), with_kwargs=True, prepend=True)
+        for name in starts
+    ]
     hooks += [h for block, inner in blocks.items() for h in _run_twice(model, block, inner, by_run)]
     visited: set[str] = set()
-    try:
-        with waiting(model, passes):
-            for p in passes:
-                advance(p, visited)
-            while there := [p for p in passes if p.at is not None]:
-                # Batches may differ in route (experts); definition order keeps early layers first.
-                name = min((p.at for p in there if p.at), key=order.__getitem__)
-                here = [p for p in there if p.at == name]
-                if name in by_name:
-                    visit(Arrival(by_name[name], [p.x for p in here], [real_tokens(p, name) for p in here]))  # type: ignore[misc]
-                visited.add(name)
-                if leave is not None and name not in within:
-                    leave([by_name[n] for n in blocks.get(name, (name,)) if n in visited])
-                for p in here:
-                    advance(p, visited)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with waiting(model, passes, spool, hooks):
+        for p in passes:
+            advance(p, visited, spool)
+        # What comes after the last target, such as a large head, tells nothing.
+        while not visited.issuperset((*by_name, *blocks)):
+            # Batches may differ in route (experts); definition order keeps early layers first.
+            name = _next({p.at for p in passes if p.at is not None}, order, group)
+            if name is None:
+                break
+            here = [p for p in passes if p.at == name]
+            if name in by_name:
+                masks = [real_tokens(p, name) for p in here]
+                visit(Arrival(by_name[name], [p.x for p in here], masks))  # type: ignore[misc]
+            visited.add(name)
+            if leave is not None and name not in within:
+                with spool.still() if spool else nullcontext():
+                    leave([by_name[n] for n in blocks.get(name, (name,)) if n in visited and n in by_name])
+            for p in here:
+                advance(p, visited, spool)
     return [t.name for t in targets if t.name not in visited]
+
+
+def _next(places: set[str], order: Mapping[str, tuple[float, ...]], group: ProcessGroup | None) -> str | None:
+    """The first place where a pass waits, of this process or of any in the group; None when all are through."""
+    if group is None:
+        return min(places, key=order.__getitem__, default=None)
+    names = sorted(order, key=order.__getitem__)
+    first = least_over_ranks(min((names.index(n) for n in places), default=len(names)), group)
+    return names[first] if first < len(names) else None
+
+
+def _starts(model: nn.Module, targets: Sequence[Target]) -> dict[str, tuple[float, ...]]:
+    """Where passes gather before a block is loaded, none left in the one before; and its place among targets.
+
+    Empty for a model that is in memory.
+    """
+    shelf = shelf_of(model)
+    at = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    before = lambda block: sum(at[t.layer] < at[block] for t in targets)
+    return {f"{b}:": (before(b) - 1, 1.0, at[b]) for b in (shelf.blocks if shelf else ())}
 
 
 def _pause(name: str, by_run: Mapping[greenlet, Pass]) -> Callable[..., None]:
@@ -119,7 +153,7 @@ def _pause(name: str, by_run: Mapping[greenlet, Pass]) -> Callable[..., None]:
 
 def _run_twice(
     model: nn.Module, block: str, inner: Sequence[str], by_run: Mapping[greenlet, Pass]
-) -> list[torch.utils.hooks.RemovableHandle]:
+) -> list[RemovableHandle]:
     """At a block's end its pass waits until the block has changed, then runs it again with the same arguments."""
 
     def enter(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
@@ -155,16 +189,3 @@ def _refuse_changed(block: str, kwargs: dict[str, object], before: list[int], af
         raise CalibrationError(
             f"block {block!r} {why}, so it cannot be run twice; use sequential='layer', which runs it once"
         )
-
-
-def real_tokens(p: Pass, name: str) -> Tensor | None:
-    """Real tokens of this pass's input, flat, if the batch says which they are and the counts agree."""
-    if not isinstance(p.batch, Mapping) or p.x is None:
-        return None
-    # Cross-attention's keys and values read the encoder's states, whatever the decoder's own mask says.
-    decodes = "decoder" in name and "decoder_input_ids" in p.batch and not _CROSS.search(name)
-    mask = p.batch.get("decoder_attention_mask" if decodes else "attention_mask")
-    flat = isinstance(mask, Tensor) and p.x.ndim == 2 and p.x.shape[0] == mask.numel()
-    if not isinstance(mask, Tensor) or not (flat or mask.shape == p.x.shape[:-1]):
-        return None
-    return mask.reshape(-1).bool()

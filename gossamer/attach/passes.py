@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from greenlet import GreenletExit, greenlet
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from ..core.errors import CalibrationError
+from ..core.errors import CalibrationError, GossamerError
+from .batches import Batch, call, describe
 from .blocks import without_cache
-
-Batch = Mapping[str, object] | Sequence[object] | Tensor
+from .spool import Spool
 
 
 class Modes:
@@ -52,30 +54,22 @@ class Pass:
 
 def start(model: nn.Module, batch: Batch) -> Pass:
     """A pass that has not begun."""
-
-    def forward() -> None:
-        if isinstance(batch, Mapping):
-            model(**batch)
-        elif isinstance(batch, (tuple, list)):
-            model(*batch)
-        else:
-            model(batch)
-
-    return Pass(batch, greenlet(forward))
+    return Pass(batch, greenlet(partial(call, model, batch)))
 
 
-def advance(p: Pass, visited: set[str]) -> None:
+def advance(p: Pass, visited: set[str], spool: Spool | None = None) -> None:
     """Let one pass run on to the next layer nobody has pruned yet, or to its end."""
     while True:
         p.at, p.x = None, None
         outer = Modes()
         (p.modes or outer).set()
         try:
-            stop = p.run.switch(*p.answer)
+            with spool.passing() if spool else nullcontext():
+                stop = p.run.switch(*p.answer)
             _refuse_inference_mode(p)
+        except GossamerError:
+            raise
         except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
-            if isinstance(error, CalibrationError):
-                raise
             raise CalibrationError(
                 f"the model's forward failed on a calibration batch ({describe(p.batch)}): "
                 f"{type(error).__name__}: {error}; check that model(**batch) runs by itself"
@@ -99,28 +93,35 @@ def _refuse_inference_mode(p: Pass) -> None:
         )
 
 
-def describe(batch: Batch) -> str:
-    """Names and shapes, for messages."""
-    if isinstance(batch, Mapping):
-        return ", ".join(
-            f"{k} {tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__}" for k, v in batch.items()
-        )
-    return str(tuple(batch.shape)) if isinstance(batch, Tensor) else type(batch).__name__
-
-
 @contextmanager
-def waiting(model: nn.Module, passes: Sequence[Pass]) -> Iterator[None]:
-    """The model as passes want it: in evaluation, without gradients or caches. Those still under way end with it."""
+def waiting(
+    model: nn.Module, passes: Sequence[Pass], spool: Spool | None = None, hooks: Sequence[RemovableHandle] = ()
+) -> Iterator[None]:
+    """The model as passes want it: in evaluation, without gradients or caches. Those still under way end with it.
+
+    Args:
+        spool: where what they leave behind may wait on disk.
+        hooks: removed at the end.
+    """
     training = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        with torch.no_grad(), without_cache(model):
-            yield
+        with torch.no_grad(), without_cache(model), spool or nullcontext():
+            try:
+                yield
+            finally:
+                _end(passes)
     finally:
-        outer = Modes()
-        for p in passes:
-            if not p.run.dead:
-                p.run.throw(GreenletExit)
-        outer.set()
+        for hook in hooks:
+            hook.remove()
         for module, mode in training:
             module.training = mode
+
+
+def _end(passes: Sequence[Pass]) -> None:
+    outer = Modes()
+    for p in passes:
+        p.x = None
+        if not p.run.dead:
+            p.run.throw(GreenletExit)
+    outer.set()

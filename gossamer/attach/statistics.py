@@ -5,12 +5,14 @@ Shape suffixes: N tokens (or positions), K input columns.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import CalibrationError, NonFiniteError
+from ..core.ranks import ProcessGroup, least_over_ranks, sum_over_ranks
 from ..core.sparsifier import Stats
 from .calibrate import Arrival
 from .recurrent import RECURRENT
@@ -20,12 +22,16 @@ class Collector:
     """Takes a layer's input statistics from an arrival; layers fed by the very same tensors share them.
 
     q, k and v projections read one tensor: their Gram matrix is computed once.
+
+    Args:
+        needs: which statistics.
+        group: processes whose batches count together: sums and counts are added up over them.
     """
 
-    def __init__(self, needs: Sequence[str]) -> None:
-        self.needs = tuple(needs)
+    def __init__(self, needs: Sequence[str], group: ProcessGroup | None = None) -> None:
+        self.needs, self.group = tuple(needs), group
         self._key: tuple[object, ...] = ()
-        self._held: list[Tensor] = []
+        self._inputs: list[weakref.ref[Tensor]] = []  # weak, so that nothing outlives its pass
         self._stats: dict[str, Tensor] = {}
 
     def __call__(self, arrival: Arrival, module: nn.Module) -> Stats:
@@ -37,12 +43,18 @@ class Collector:
         Raises:
             NonFiniteError: an activation is NaN or infinite; the message names the layer.
         """
-        key = (_geometry(module), *((id(x), x._version) for x in arrival.inputs))
-        if key != self._key:
-            self._key, self._held, self._stats = (), [], {}  # one layer's statistics at a time
+        key = (_geometry(module), *(x._version for x in arrival.inputs))
+        known = (key == self._key and self._seen(arrival.inputs)) if arrival.inputs else bool(self._stats)
+        if self.group is not None:  # ranks share statistics all together or not at all
+            known = bool(least_over_ranks(int(known), self.group))
+        if not known:
+            self._key, self._inputs, self._stats = (), [], {}  # one layer's statistics at a time
             self._stats = self._measure(arrival, module)
-            self._key, self._held = key, arrival.inputs  # held, so that ids are not reused
+            self._key, self._inputs = key, [weakref.ref(x) for x in arrival.inputs]
         return self._stats
+
+    def _seen(self, inputs: Sequence[Tensor]) -> bool:
+        return len(inputs) == len(self._inputs) and all(r() is x for r, x in zip(self._inputs, inputs))
 
     def _measure(self, arrival: Arrival, module: nn.Module) -> dict[str, Tensor]:
         total, sums = 0, dict.fromkeys(self.needs)
@@ -52,6 +64,12 @@ class Collector:
             total += len(x_NK)
             for need in self.needs:
                 sums[need] = _ADD[need](sums[need], x_NK)
+        if self.group is not None:
+            w = arrival.target.turned(module.weight)  # type: ignore[arg-type]
+            none_0K = w.new_zeros(0, w.shape[1:].numel())
+            sums = {need: _ADD[need](value, none_0K) for need, value in sums.items()}  # zeros where no batch came
+            sums = {need: sum_over_ranks(value, self.group) for need, value in sums.items()}
+            total = int(sum_over_ranks(torch.tensor(total), self.group))
         stats = {need: _FINISH[need](value, max(total, 1)) for need, value in sums.items()}
         for need, value in stats.items():
             if not bool(value.isfinite().all()):

@@ -127,7 +127,18 @@ def find(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] =
     if not kept:
         _refuse_stored(stored)
         raise TargetError(f"every layer is left out: {'; '.join(f'{n}: {r}' for n, r in skipped[:5])}")
-    return Found(tuple(kept), tuple(skipped))
+    return Found(tuple(kept), (*skipped, *_stacks(model)))
+
+
+def _stacks(model: nn.Module) -> list[tuple[str, str]]:
+    """Weights of experts that are fused into one tensor, as transformers 5 has them: seen, and left alone."""
+    return [
+        (f"{name}.{key}", f"{w.shape[0]} experts fused into one {list(w.shape)} tensor; only matrices are pruned")
+        for name, module in model.named_modules()
+        if not isinstance(module, (nn.Linear, *_CONVS))
+        for key, w in module.named_parameters(recurse=False)
+        if w.ndim == 3 and min(w.shape) > 1
+    ]
 
 
 def sharers(model: nn.Module, target: Target) -> list[tuple[nn.Module, str]]:

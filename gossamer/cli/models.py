@@ -83,6 +83,19 @@ def load(spec: str, *, packed: bool = False) -> Loaded:
     )
 
 
+def load_on_disk(spec: str) -> Loaded:
+    """A checkpoint's folder whose weights stay in its shards; see `gossamer.on_disk`.
+
+    Raises:
+        FileDamaged: it is no such folder, or a shard is damaged.
+    """
+    from ..attach.shelf import on_disk
+
+    folder = spec.removeprefix("hf:")
+    with quiet():
+        return Loaded(spec, on_disk(folder), _tokenizer(folder))
+
+
 def _from_folder(folder: Path, packed: bool) -> Loaded:
     if (folder / RECORD).exists():
         from ..deploy import load as load_saved

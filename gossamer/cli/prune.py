@@ -49,6 +49,13 @@ def prune(
     seed: Annotated[int | None, typer.Option(help="Of the draw of calibration texts; 0.")] = None,
     targets: Annotated[list[str] | None, typer.Option(help="Only layers of this name pattern; repeatable.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Leave these layers dense; repeatable.")] = None,
+    unreached: Annotated[
+        str, typer.Option(help="Layers that no text reaches: dense (as they are) or magnitude; dense.")
+    ] = "",
+    on_disk: Annotated[
+        bool, typer.Option("--on-disk", help="MODEL is a folder larger than memory: one block is loaded at a time.")
+    ] = False,
+    spool: Annotated[str, typer.Option(help="Folder where calibration's activations wait on disk; in memory.")] = "",
     allocation: Annotated[
         str, typer.Option(help="Density per layer: uniform, er, erk, or sensitivity (needs --data).")
     ] = "",
@@ -73,6 +80,7 @@ def prune(
         **{"regroup": regroup or None, "sequential": sequential, "reconstruct": reconstruct},
         **{"data": data, "samples": samples, "length": length, "batch": batch, "seed": seed},
         **{"targets": tuple(targets or ()), "skip": tuple(skip or ()), "allocation": allocation},
+        **{"unreached": unreached, "on_disk": on_disk or None, "spool": spool},
         **{"workdir": workdir, "out": out, "options": recipes.options(option or ())},
     }
     asked = _complete(recipes.merge(held, flags))
@@ -80,6 +88,10 @@ def prune(
     if (more := stages(held)) is not None:
         from .job import job
 
+        if asked.on_disk:
+            raise GossamerError(
+                "recover:, evaluate: and pack: load the whole model; leave them out, or leave on_disk out"
+            )
         job(asked, more, sparsifier, overwrite=overwrite, as_json=as_json)
         return
     check_out(Path(asked.out), overwrite)
@@ -141,7 +153,7 @@ def run(asked: Recipe, sparsifier: Sparsifier) -> tuple[PruneReport, int]:
     workdir = Path(str(asked.workdir))
     claim(workdir, asked.job)
     with waiting(f"loading {asked.model}"):
-        loaded = models.load(asked.model)
+        loaded = models.load_on_disk(asked.model) if asked.on_disk else models.load(asked.model)
         how = {"samples": asked.samples, "length": asked.length, "batch": asked.batch, "seed": asked.seed}
         data = calibration.batches(loaded, asked.data, **how) if asked.data and _reads(asked, sparsifier) else None
     with bar(f"pruning with {asked.method}") as progress:
@@ -151,6 +163,8 @@ def run(asked: Recipe, sparsifier: Sparsifier) -> tuple[PruneReport, int]:
             data=data,
             targets=asked.targets,
             skip=asked.skip,
+            unreached=asked.unreached,
+            spool=asked.spool,
             regroup=asked.regroup,
             sequential=asked.sequential,
             reconstruct=Reconstruct(epochs=asked.reconstruct) if asked.reconstruct else None,
@@ -167,10 +181,14 @@ def run(asked: Recipe, sparsifier: Sparsifier) -> tuple[PruneReport, int]:
 
 def _save(loaded: Loaded, out: Path, report: PruneReport, record: dict[str, object]) -> None:
     """All or nothing; the default work folder lies in `out` and goes when it is replaced."""
+    from ..attach.shelf import shelf_of
     from ..deploy import save
     from ..integrations.pretrained import save_pretrained
     from .models import quiet
 
+    if (shelf := shelf_of(loaded.model)) is not None:
+        shelf.save(out, {REPORT: json.dumps(record, indent=1)})
+        return
     with whole_folder(out) as draft:
         if hasattr(loaded.model, "save_pretrained"):
             with quiet():
@@ -201,5 +219,6 @@ def _summary(asked: Recipe, report: PruneReport, resumed: int) -> tuple[Table | 
     for name, value in rows.items():
         drawn.add_row(name, value)
     left = [f"left dense: {name} ({reason})" for name, reason in report.skipped[:8]]
+    left += [f"note: {r.name}: {r.note}" for r in [r for r in report.layers if r.note][:8]]
     more = [f"... and {len(report.skipped) - 8} more" if len(report.skipped) > 8 else ""]
     return (drawn, *left, *[m for m in more if m], f"\nMake it pay:  {_next(asked)}")

@@ -30,6 +30,9 @@ class Recipe:
         data: text file or "asset:NAME"; needed by methods that look at activations.
         samples, length, batch, seed: of the calibration data; see `calibration.batches`.
         targets, skip: glob patterns of layers.
+        unreached: "dense" or "magnitude": what becomes of layers that no calibration text reaches.
+        spool: folder where activations of calibration wait, but for the last used; None = in memory.
+        on_disk: the model stays in its safetensors shards, one block in memory at a time.
         allocation: how the density is spread over the layers.
         workdir: where finished layers are kept until the end; None = OUT/.work.
         out: folder to write.
@@ -51,6 +54,9 @@ class Recipe:
     seed: int = 0
     targets: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    unreached: str = "dense"
+    on_disk: bool = False
+    spool: str | None = None
     allocation: str = "uniform"
     workdir: str | None = None
     out: str = ""
@@ -64,7 +70,7 @@ class Recipe:
     @property
     def job(self) -> dict[str, object]:
         """What decides the result: two runs with the same job may share their finished layers."""
-        return {k: v for k, v in asdict(self).items() if k not in ("workdir", "out")}
+        return {k: v for k, v in asdict(self).items() if k not in ("workdir", "out", "spool")}
 
 
 def read(path: Path) -> dict[str, object]:
@@ -100,7 +106,7 @@ def _checked(key: str, value: object) -> object:
         return value if isinstance(value, dict) else _refuse(key, value, "a mapping")
     if key in HOW_MANY:
         return value if type(value) is int else _refuse(key, value, "a whole number")
-    if key == "regroup":
+    if key in ("regroup", "on_disk"):
         return value if isinstance(value, bool) else _refuse(key, value, "true or false")
     if key in FRACTIONS:
         return float(value) if type(value) in (int, float) else _refuse(key, value, "a number from 0 to 1")

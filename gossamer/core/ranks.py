@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup as _ProcessGroup
+ProcessGroup: TypeAlias = "_ProcessGroup"
+
+
+def sum_over_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of a tensor over the group's processes, in place: the same bits on each of them."""
+    torch.distributed.all_reduce(x, group=group)
+    return x
+
+
+def least_over_ranks(x: int, group: ProcessGroup) -> int:
+    """The least of a whole number over the group's processes."""
+    held = torch.tensor(x)
+    torch.distributed.all_reduce(held, op=torch.distributed.ReduceOp.MIN, group=group)
+    return int(held)
 
 
 def mean_over_ranks(tensors: Mapping[str, Tensor], held: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -12,17 +12,20 @@ from torch import nn
 
 from ..attach.calibrate import Batch
 from ..attach.journal import Journal, data_digest
+from ..attach.shelf import shelf_of
+from ..attach.spool import Spool
 from ..attach.spread import tries_out
 from ..attach.statistics import without_statistics
 from ..attach.targets import Found, find
 from ..core.errors import CalibrationError, PatternError, TargetError, UnknownName
 from ..core.pattern import Pattern
 from ..core.policy import OneShot
+from ..core.ranks import ProcessGroup
 from ..core.registry import get_method
 from ..core.regroup import tied_rows
 from ..core.sparsifier import Sparsifier, require_finite
 from ..score.trial import Loss, Trial, as_batches
-from .allocate import allocate
+from .allocate import MEASURED, allocate
 from .pruning import LayerResult, Progress, Run
 from .rebuild import Rebuild, refuse_reconstruction
 from .reconstruct import Fitted, Reconstruct
@@ -63,9 +66,12 @@ def prune(
     loss: Loss | None = None,
     targets: Iterable[str] = (),
     skip: Iterable[str] = (),
+    unreached: str = "dense",
     allocation: str | dict[str, float] = "uniform",
     workdir: str | Path | None = None,
     offload: bool = False,
+    spool: str | Path | Spool | None = None,
+    group: ProcessGroup | None = None,
     progress: Progress | None = None,
     **options: object,
 ) -> PruneReport:
@@ -87,11 +93,17 @@ def prune(
         loss: (output, target) → scalar, for those; None: the model returns it.
         targets: glob patterns of layers ("re:" for regular expressions); empty = all but the output head.
         skip: layers to leave alone.
+        unreached: what becomes of layers that no batch reaches, such as experts never routed to: "dense" lists them as
+            skipped, "magnitude" scores them by their weights, which their line in the report says.
         allocation: how the density is spread over layers: "uniform", "er", "erk", "sensitivity" or "owl" (measured with
             `data`: one more pass), a method in which layers compete ("snip", with `data` and `loss`: its densities, not
             its choice), or a density per layer name.
         workdir: keep finished layers here; a run that was killed goes on from the last finished layer.
         offload: keep the target weights on disk (in `workdir`) and only the layer at hand in memory.
+        spool: keep activations of paused passes in a file in this folder, but for the last used 256 MiB; or a `Spool`
+            that keeps another share.
+        group: processes of torch.distributed that prune the same model together, each with its own `data`: statistics
+            are summed over them, so that all prune alike.
         progress: called with (layer, done, total).
 
     Returns:
@@ -110,9 +122,13 @@ def prune(
     sparsifier = _sparsifier(method, density, sparsity, pattern, options)
     sparsifier = replace(sparsifier, regroup=True) if regroup else sparsifier
     order = _order(sparsifier, sequential)
+    if unreached not in ("dense", "magnitude"):
+        raise UnknownName(f"unreached is 'dense' or 'magnitude', got {unreached!r}")
     found = _leave_out(model, find(model, tuple(targets), tuple(skip)), sparsifier)
     _check_fit(model, found, sparsifier)
     tried = tries_out(sparsifier, allocation)
+    _check_group(sparsifier, allocation, spool, group, workdir)
+    _check_shelf(model, found, sparsifier, tried or allocation == "sensitivity", workdir, offload)
     if data is not None:
         data = list(as_batches(data) if tried else data)
     if sparsifier.needs and not data:
@@ -128,21 +144,30 @@ def prune(
     run_of = {
         "options": {k: repr(v) for k, v in sorted(options.items())},
         "sequential": order,
+        "unreached": unreached,
         "data": data_digest(data),
     }
     if reconstruct is not None:
         refuse_reconstruction(sparsifier, data, offload)
+        if spool or group is not None or shelf_of(model) is not None:
+            raise TargetError(
+                "reconstruct= trains blocks of a model in memory, in one process; leave spool= and group= out"
+            )
         run_of["reconstruct"] = repr(reconstruct)
     journal = Journal(workdir, _identity(model, found, sparsifier, per_layer) | run_of) if workdir is not None else None
-    run = Run(model, found.targets, per_layer, journal, offload, progress)
+    spool = Spool(spool) if isinstance(spool, (str, Path)) else spool
+    run = Run(model, found.targets, per_layer, journal, offload, progress, spool, group)
     rebuild = Rebuild(run, reconstruct, order) if reconstruct is not None else None
     if rebuild is not None:
-        unreached = rebuild(data)
+        missed = rebuild(data)
     elif sparsifier.probe:
-        unreached = run.together(sparsifier, trial)
+        missed = run.together(sparsifier, trial)
     else:
-        unreached = run.with_data(data, order) if sparsifier.needs else run.without_data(sparsifier)
-    skipped = (*found.skipped, *((n, "no calibration batch reached it; left dense") for n in unreached))
+        missed = run.with_data(data, order) if sparsifier.needs else run.without_data(sparsifier)
+    missed = run.by_magnitude(missed) if unreached == "magnitude" else missed
+    if run.shelf is not None:
+        run.shelf.close()
+    skipped = (*found.skipped, *((n, "no calibration batch reached it; left dense") for n in missed))
     fits = tuple(rebuild.fits.items()) if rebuild is not None else ()
     return PruneReport(
         sparsifier.name, _words(sparsifier), tuple(run.results), skipped, time.perf_counter() - began, fits
@@ -211,9 +236,10 @@ def _check_fit(model: nn.Module, found: Found, sparsifier: Sparsifier) -> None:
     problems = []
     for t in found.targets:
         w = t.weight(model)
-        if w.is_meta:
+        if w.is_meta and shelf_of(model) is None:
             raise TargetError(f"layer {t.name!r} is on the meta device and has no values; load the weights first")
-        require_finite(w, f"the weight of layer {t.name!r}")
+        if not w.is_meta:
+            require_finite(w, f"the weight of layer {t.name!r}")
         try:
             (tied_rows if sparsifier.regroup else Pattern.place)(sparsifier.pattern, w.shape)
         except PatternError as error:
@@ -223,6 +249,38 @@ def _check_fit(model: nn.Module, found: Found, sparsifier: Sparsifier) -> None:
             f"{len(problems)} of {len(found.targets)} layers do not fit; pass skip= to leave them dense:\n  "
             + "\n  ".join(problems[:20])
         )
+
+
+def _check_group(
+    sparsifier: Sparsifier, allocation: object, spool: object, group: object, workdir: str | Path | None
+) -> None:
+    """Only what streams batches through the model can spool them, or share them out over processes."""
+    if (spool or group) and (not sparsifier.needs or sparsifier.probe):
+        raise TargetError(f"method {sparsifier.name!r} streams no batches, so spool= and group= mean nothing to it")
+    if group is not None and (allocation in MEASURED or workdir is not None):
+        raise TargetError(
+            "processes of a group measure no allocation together, and keep no workdir, for each might stop at another "
+            "layer; leave these out"
+        )
+
+
+def _check_shelf(
+    model: nn.Module, found: Found, sparsifier: Sparsifier, whole: bool, workdir: str | Path | None, offload: bool
+) -> None:
+    """A model on disk has one block in memory: what needs all of it, or a place for results, is said first."""
+    shelf = shelf_of(model)
+    if shelf is None:
+        return
+    if whole or sparsifier.scope == "model":
+        raise TargetError(
+            f"method {sparsifier.name!r} with this allocation looks at all layers at once, which a model on disk does "
+            "not have in memory; take a method that goes layer by layer and allocation='uniform', 'erk' or 'owl'"
+        )
+    if workdir is None or offload:
+        raise TargetError(
+            "a model on disk keeps finished layers in workdir=, which it needs, and has no use for offload="
+        )
+    shelf.check(found.targets)
 
 
 def _words(sparsifier: Sparsifier) -> str:

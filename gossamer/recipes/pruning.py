@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor, nn
 
 from ..attach.calibrate import Arrival, Batch, stream
 from ..attach.journal import Journal
+from ..attach.shelf import shelf_of
+from ..attach.spool import Spool
 from ..attach.start import first_supports
 from ..attach.statistics import Collector
 from ..attach.targets import Target
+from ..core.ranks import ProcessGroup
+from ..core.shrink import hard
 from ..core.sparsifier import Sparsifier, Stats
-from ..score import salt
+from ..score import magnitude, salt
 from ..score.trial import Trial
 
 Progress = Callable[[str, int, int], None]
@@ -30,6 +35,7 @@ class LayerResult:
         kept: non-zero entries now.
         seconds: time spent on this layer's own statistics and pruning.
         resumed: taken from an earlier run's journal.
+        note: what a reader should know about it: too few tokens, or that no batch reached it.
     """
 
     name: str
@@ -37,6 +43,7 @@ class LayerResult:
     kept: int
     seconds: float
     resumed: bool = False
+    note: str = ""
 
     @property
     def density(self) -> float:
@@ -55,17 +62,22 @@ class Run:
         journal: Journal | None,
         offload: bool,
         progress: Progress | None,
+        spool: Spool | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         self.model, self.targets, self.per_layer = model, targets, per_layer
         self.journal, self.offload, self.progress = journal, offload, progress
+        self.spool, self.group = spool, group
         self.results: list[LayerResult] = []
+        self.notes: dict[str, str] = {}
+        self.shelf = shelf_of(model)
         if offload:
             for t in targets:
                 self._to_disk(t)
 
     def with_data(self, data: Iterable[Batch], sequential: str) -> list[str]:
         """Statistics first, of one layer or of a block; then its layers change and the passes go on."""
-        collect = Collector(next(iter(self.per_layer.values())).needs)
+        collect = Collector(next(iter(self.per_layer.values())).needs, self.group)
         measured: dict[str, tuple[Stats, float]] = {}
 
         def visit(arrival: Arrival) -> None:
@@ -80,20 +92,37 @@ class Run:
                     stats, seconds = measured.pop(t.name)
                     self._prune_one(t, stats, time.perf_counter() - seconds)
 
-        return stream(self.model, data, self.targets, visit, leave, sequential=sequential)
+        how = {"sequential": sequential, "spool": self.spool, "group": self.group}
+        return stream(self.model, data, self.targets, visit, leave, **how)  # type: ignore[arg-type]
 
     def without_data(self, sparsifier: Sparsifier) -> list[str]:
         if sparsifier.scope == "model":
             return self.together(sparsifier, None)
         for t in self.targets:
+            self._load(t)
             if not self.resume(t):
                 self._prune_one(t, {"salt": salt(t.name)}, time.perf_counter())
         return []
 
     def _prune_one(self, target: Target, stats: Stats, began: float) -> None:
         w = target.weight(self.model).detach()
+        if "gram" in stats and int(stats["tokens"]) < len(stats["gram"]):
+            self.notes[target.name] = (
+                f"{int(stats['tokens'])} calibration tokens for {len(stats['gram'])} inputs: the Hessian is singular, "
+                "damping alone speaks for what they do not show"
+            )
         new, _ = self.per_layer[target.name].apply(w, stats)
         self.finish(target, new, began)
+
+    def by_magnitude(self, names: Sequence[str]) -> list[str]:
+        """Layers that no batch reached, scored by their weights: same pattern, same budget."""
+        for t in (t for t in self.targets if t.name in set(names)):
+            self.notes[t.name] = "no calibration batch reached it; scored by the weights' magnitude"
+            self.per_layer[t.name] = replace(self.per_layer[t.name], score=magnitude, solve=None, shrink=hard)
+            self._load(t)
+            if not self.resume(t):
+                self._prune_one(t, {}, time.perf_counter())
+        return []
 
     def together(self, sparsifier: Sparsifier, trial: Trial | None) -> list[str]:
         """All layers at once: they compete with each other, or are scored by what they do together."""
@@ -111,10 +140,17 @@ class Run:
             self._map(target, "pruned")
         else:
             target.write(self.model, new)
+        if self.shelf is not None:
+            self.shelf.renew(target, partial(self.journal.mapped, target.name))  # type: ignore[union-attr]
         seconds = time.perf_counter() - began
-        self.results.append(LayerResult(target.name, tuple(new.shape), int((new != 0).sum()), seconds, resumed))
+        kept, note = int((new != 0).sum()), self.notes.get(target.name, "")
+        self.results.append(LayerResult(target.name, tuple(new.shape), kept, seconds, resumed, note))
         if self.progress is not None:
             self.progress(target.name, len(self.results), len(self.targets))
+
+    def _load(self, target: Target) -> None:
+        if self.shelf is not None:
+            self.shelf.open(self.shelf.block_of(target.name))
 
     def finished(self, target: Target) -> bool:
         """True if an earlier run left this layer in the journal."""

@@ -137,6 +137,19 @@ def test_an_earlier_result_is_replaced_when_asked_for(gossamer, llama_folder, tm
     assert set(zeros(out).values()) == {0.75}
 
 
+def test_a_model_on_disk_is_pruned_as_one_in_memory(gossamer, llama_folder, text_file, tmp_path):
+    flags = ("--method", "wanda", "--density", 0.5, "--data", text_file, "--samples", 4, "--length", 16)
+    for name, more in (("near", ()), ("far", ("--on-disk", "--spool", tmp_path / "spool"))):
+        record(gossamer("prune", llama_folder, *flags, *more, "--out", tmp_path / name, "--json"))
+    near, far = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("near", "far"))
+    assert near == far
+    assert {p.name for p in llama_folder.iterdir()} < {p.name for p in (tmp_path / "far").iterdir()}
+    file = tmp_path / "r.yaml"
+    file.write_text("evaluate: {windows: 1}\n")
+    result = gossamer("prune", llama_folder, *flags, "--on-disk", "--recipe", file, "--out", tmp_path / "job")
+    assert result.exit_code and "load the whole model" in result.stderr
+
+
 def test_a_models_own_folder_is_not_pruned_over(gossamer, tmp_path):
     model = llama(tmp_path / "model")
     result = gossamer("prune", model, "--method", "magnitude", "--out", model, "--overwrite")
