@@ -148,6 +148,24 @@ def cells(rows: list[dict[str, object]]) -> list[tuple[str, ...]]:
     return lines
 
 
+def stopped(work: Path, rows: list[dict[str, object]]) -> list[str]:
+    """A line for every run that was stopped among the test windows, with complete ones on the same windows."""
+    lines = []
+    for file in sorted(work.glob("*/losses.json")):
+        if (file.parent / "record.json").exists():
+            continue
+        losses, (setting, name, seed) = json.loads(file.read_text()), file.parent.name.replace("_", " ").split("-")
+        beside = {
+            r["label"]: r["losses"] for r in rows if (str(r["setting"]).rstrip(" %"), str(r["seed"])) == (setting, seed)
+        }
+        there = {name: losses, **{label: found[: len(losses)] for label, found in beside.items()}}
+        figures = ", ".join(f"{label} {math.exp(statistics.fmean(found)):.2f}" for label, found in there.items())
+        lines.append(
+            f"{setting}, {name}, seed {seed} stopped after {len(losses)} of {TEST} test windows; on these: {figures}."
+        )
+    return lines
+
+
 HEADS = (
     "setting", "recipe", "best perplexity", "spread (seeds)", "against official", "zeros", "processor s", "× official",
 )  # fmt: skip
@@ -177,7 +195,8 @@ def main() -> None:
     rows = finished(options.work)
     print(table(HEADS, cells(rows)))
     if options.write:
-        write_results("oneshot", {"rows": rows, "calibration": CALIBRATION, "test": TEST}, HEADS, cells(rows), NOTES)
+        record, notes = {"rows": rows, "calibration": CALIBRATION, "test": TEST}, [*NOTES, *stopped(options.work, rows)]
+        write_results("oneshot", record, HEADS, cells(rows), notes)
 
 
 NOTES = [
@@ -185,7 +204,8 @@ NOTES = [
     f"perplexity over the first {TEST} windows of {LENGTH} tokens of WikiText-2 test. Embeddings and head stay dense.",
     "Official: SparseGPT's procedure (benchmarks/oneshot/official.py), damping 0.01; 'true sequential' is its flag. "
     "'Against official' takes the better of its orders among those that were run, over the same seeds.",
-    "Seconds: of the processor, one thread, calibration's forward passes included, evaluation left out.",
+    "Seconds: of the processor, one thread, calibration's forward passes included, evaluation left out; runs may "
+    "have gone on in pieces, beside other work.",
     f"Ours: {OURS}.",
 ]
 
