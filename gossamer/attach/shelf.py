@@ -192,7 +192,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
     def on_meta(module: nn.Module, name: str, w: nn.Parameter | None) -> None:
         if w is not None and not w.is_meta:
-            w = nn.Parameter(w.to("meta"), requires_grad=w.requires_grad)
+            w = nn.Parameter(torch.empty_like(w, device="meta"), requires_grad=w.requires_grad)
         register(module, name, w)
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
