@@ -71,7 +71,7 @@ def prune(
     workdir: str | Path | None = None,
     offload: bool = False,
     spool: str | Path | Spool | None = None,
-    group: ProcessGroup | None = None,
+    process_group: ProcessGroup | None = None,
     progress: Progress | None = None,
     **options: object,
 ) -> PruneReport:
@@ -102,8 +102,8 @@ def prune(
         offload: keep the target weights on disk (in `workdir`) and only the layer at hand in memory.
         spool: keep activations of paused passes in a file in this folder, but for the last used 256 MiB; or a `Spool`
             that keeps another share.
-        group: processes of torch.distributed that prune the same model together, each with its own `data`: statistics
-            are summed over them, so that all prune alike.
+        process_group: processes of torch.distributed that prune the same model together, each with its own `data`:
+            statistics are summed over them, so that all prune alike.
         progress: called with (layer, done, total).
 
     Returns:
@@ -127,7 +127,7 @@ def prune(
     found = _leave_out(model, find(model, tuple(targets), tuple(skip)), sparsifier)
     _check_fit(model, found, sparsifier)
     tried = tries_out(sparsifier, allocation)
-    _check_group(sparsifier, allocation, spool, group, workdir)
+    _check_group(sparsifier, allocation, spool, process_group, workdir)
     _check_shelf(model, found, sparsifier, tried or allocation == "sensitivity", workdir, offload)
     if data is not None:
         data = list(as_batches(data) if tried else data)
@@ -149,14 +149,14 @@ def prune(
     }
     if reconstruct is not None:
         refuse_reconstruction(sparsifier, data, offload)
-        if spool or group is not None or shelf_of(model) is not None:
+        if spool or process_group is not None or shelf_of(model) is not None:
             raise TargetError(
-                "reconstruct= trains blocks of a model in memory, in one process; leave spool= and group= out"
+                "reconstruct= trains blocks of a model in memory, in one process; leave spool= and process_group= out"
             )
         run_of["reconstruct"] = repr(reconstruct)
     journal = Journal(workdir, _identity(model, found, sparsifier, per_layer) | run_of) if workdir is not None else None
     spool = Spool(spool) if isinstance(spool, (str, Path)) else spool
-    run = Run(model, found.targets, per_layer, journal, offload, progress, spool, group)
+    run = Run(model, found.targets, per_layer, journal, offload, progress, spool, process_group)
     rebuild = Rebuild(run, reconstruct, order) if reconstruct is not None else None
     if rebuild is not None:
         missed = rebuild(data)
@@ -256,7 +256,7 @@ def _check_group(
 ) -> None:
     """Only what streams batches through the model can spool them, or share them out over processes."""
     if (spool or group) and (not sparsifier.needs or sparsifier.probe):
-        raise TargetError(f"method {sparsifier.name!r} streams no batches, so spool= and group= mean nothing to it")
+        raise TargetError(f"method {sparsifier.name!r} streams no batches, so spool= and process_group= mean nothing")
     if group is not None and (allocation in MEASURED or workdir is not None):
         raise TargetError(
             "processes of a group measure no allocation together, and keep no workdir, for each might stop at another "

@@ -89,7 +89,7 @@ def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
     half = batches()[2 * rank : 2 * rank + 2]
-    found = {m: pruned(m, half, group=dist.group.WORLD) for m in METHODS}
+    found = {m: pruned(m, half, process_group=dist.group.WORLD) for m in METHODS}
     saved = {m: (weights, [n for n, _ in report.skipped]) for m, (weights, report) in found.items()}
     saved["fine-tuned"] = fine_tuned(range(rank, rank + 1), shard=True)
     torch.save(saved, Path(folder) / f"{rank}.pt")
@@ -138,6 +138,6 @@ def test_a_pruned_causal_model_is_fine_tuned_in_shards_with_its_zeros(found) -> 
 
 def test_what_ranks_cannot_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="keep no workdir"):
-        gossamer.prune(Net(), "wanda", data=batches(), group="any", workdir=tmp_path)
+        gossamer.prune(Net(), "wanda", data=batches(), process_group="any", workdir=tmp_path)
     with pytest.raises(TargetError, match="streams no batches"):
-        gossamer.prune(Net(), "magnitude", group="any")
+        gossamer.prune(Net(), "magnitude", process_group="any")

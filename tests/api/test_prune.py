@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import sys
 
@@ -271,6 +272,12 @@ def test_what_would_be_ignored_is_refused() -> None:
         prune(net(), "gradual_magnitude", density=0.1, total_steps=10)
     with pytest.raises(TargetError, match="compete in one pool"):
         prune(net(), "global_magnitude", density=0.1, allocation="erk")
+
+
+def test_no_option_of_a_method_has_the_name_of_an_argument_of_prune() -> None:
+    taken = set(inspect.signature(prune).parameters) - {"density", "pattern"}
+    for name, method in gossamer.core.registry.methods().items():
+        assert not taken & set(inspect.signature(method.build).parameters), name
 
 
 def test_a_model_that_carries_masks_is_refused() -> None:
